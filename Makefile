@@ -1,0 +1,39 @@
+# make demo | make test | make check | make gpu      everything is set up in .venv first, from constraints.txt
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check gpu format clean
+
+demo: $(INSTALLED)
+	$(BIN)/fastdpo demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# On a machine with a CUDA device: its tests, then benchmarks. `GPU_PYTHON=python3` uses packages that are there already.
+GPU_PYTHON ?= $(BIN)/python
+gpu:
+	$(GPU_PYTHON) -m pytest -m gpu -rs
+	$(GPU_PYTHON) -m benchmarks step --device cuda
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first and from its CPU build where there is no GPU: asked for by another package, pip would take the CUDA one.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	touch $(INSTALLED)
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo_output trainer_output

@@ -1,0 +1,174 @@
+"""PreferenceBatch: the one shape in which pairs travel from the data to the loss.
+
+Packed, the layout that a run uses wherever the model allows it: all pairs end to end in one row without padding, a pair being
+prompt, chosen, rejected. The prompt stands there once and is computed once; rejected tokens attend to the prompt and to themselves,
+and their positions restart at the prompt's end:
+
+    tokens      p0 p1 p2 | c0 c1 | r0 r1 r2        queries of segment A: p, c    keys: p, c
+    positions    0  1  2 |  3  4 |  3  4  5        queries of segment B: r       keys: p, r (gathered)
+
+Padded, for models that cannot: one sequence a row, chosen and rejected interleaved, right-padded. Either way `logit_rows` names the
+hidden rows that predict a response token, so prompt rows never reach the LM head, and `targets` and `cu_seqlens` are the same.
+
+Legend: P pairs, T tokens in a row, R rows (1 packed, 2P padded), N scored tokens, S = 2P segments, K gathered keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Pair(Protocol):
+    """Token ids of one preference pair."""
+
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def chosen(self) -> Sequence[int]: ...
+    @property
+    def rejected(self) -> Sequence[int]: ...
+
+
+class _TensorFields:
+    """Moves every tensor field of a frozen dataclass at once."""
+
+    def _map(self, move: Any) -> Any:
+        moved = {}
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                moved[item.name] = move(value)
+            elif isinstance(value, _TensorFields):
+                moved[item.name] = value._map(move)
+        return replace(self, **moved)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class Segments(_TensorFields):
+    """Which keys each run of queries of a packed row sees: causal, the last query aligned with the last key."""
+
+    key_index: Tensor  # (K,) int64 into the row's tokens
+    cu_queries: Tensor  # (S + 1,) int32
+    cu_keys: Tensor  # (S + 1,) int32
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    masks: dict[tuple, Tensor] = field(default_factory=dict, compare=False, repr=False)  # attention.py fills it
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(_TensorFields):
+    """P pairs, ready for the model."""
+
+    input_ids: Tensor  # (R, T) int64
+    position_ids: Tensor | None  # (R, T) int64, packed only: padded rows count from 0 by themselves
+    attention_mask: Tensor | None  # (R, T) int64, padded only
+    segments: Segments | None  # packed only
+    logit_rows: Tensor  # (N,) int64 into the R * T hidden rows
+    targets: Tensor  # (N,) int64, the token that each of them predicts
+    cu_seqlens: Tensor  # (2P + 1,) int32: scored tokens of chosen_0, rejected_0, chosen_1, ...
+    keys: tuple[bytes, ...] = ()  # P row keys, what the reference memory goes by
+    num_tokens: int = 0  # tokens of all 2P sequences, prompts counted twice as the peers do
+
+    @property
+    def num_pairs(self) -> int:
+        return (self.cu_seqlens.shape[0] - 1) // 2
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PreferenceBatch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
+def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
+    """Pairs end to end in one row, each prompt once."""
+    ids: list[int] = []
+    positions: list[int] = []
+    key_index: list[int] = []
+    logit_rows: list[int] = []
+    query_lengths: list[int] = []
+    key_lengths: list[int] = []
+    for pair in pairs:
+        prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        start = len(ids)
+        fork, end = start + prompt + chosen, start + prompt + chosen + rejected
+        ids += [*pair.prompt, *pair.chosen, *pair.rejected]
+        positions += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
+        query_lengths += [prompt + chosen, rejected]
+        key_lengths += [prompt + chosen, prompt + rejected]
+        key_index += [*range(start, fork), *range(start, start + prompt), *range(fork, end)]
+        # the last prompt token predicts the first token of both responses
+        last_prompt = [start + prompt - 1] if prompt else []
+        logit_rows += [*last_prompt, *range(start + prompt, fork - 1), *last_prompt, *range(fork, end - 1)]
+    segments = Segments(
+        torch.tensor(key_index, dtype=torch.int64),
+        _offsets(query_lengths),
+        _offsets(key_lengths),
+        tuple(query_lengths),
+        tuple(key_lengths),
+    )
+    return PreferenceBatch(
+        torch.tensor([ids], dtype=torch.int64),
+        torch.tensor([positions], dtype=torch.int64),
+        None,
+        segments,
+        torch.tensor(logit_rows, dtype=torch.int64),
+        **_scored(pairs, keys),
+    )
+
+
+def pad(pairs: Sequence[Pair], keys: Sequence[bytes] = (), pad_token_id: int = 0) -> PreferenceBatch:
+    """One sequence a row, chosen and rejected interleaved, right-padded to the longest."""
+    sequences = [[*pair.prompt, *response] for pair in pairs for response in (pair.chosen, pair.rejected)]
+    width = max(map(len, sequences), default=0)
+    input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    logit_rows: list[int] = []
+    for row, tokens in enumerate(sequences):
+        input_ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        attention_mask[row, : len(tokens)] = 1
+        first_scored = max(len(pairs[row // 2].prompt), 1)
+        logit_rows += range(row * width + first_scored - 1, row * width + len(tokens) - 1)
+    rows = torch.tensor(logit_rows, dtype=torch.int64)
+    return PreferenceBatch(input_ids, None, attention_mask, None, rows, **_scored(pairs, keys))
+
+
+def microbatches(lengths: Sequence[int], max_pairs: int, max_tokens: int | None) -> list[list[int]]:
+    """Groups the pairs of an optimizer batch, given each pair's tokens: -> indices of each group.
+
+    Without a token budget, neighbours by length in groups of `max_pairs`, longest first so that the worst case comes first. With
+    one, as many as fit it; a pair longer than the budget goes alone. Gradients do not depend on the grouping.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if max_tokens is None:
+        return [order[i : i + max_pairs] for i in range(0, len(order), max_pairs)]
+    groups: list[list[int]] = []
+    room = 0
+    for index in order:
+        if not groups or lengths[index] > room:
+            groups.append([])
+            room = max_tokens
+        groups[-1].append(index)
+        room -= lengths[index]
+    return groups
+
+
+def _scored(pairs: Sequence[Pair], keys: Sequence[bytes]) -> dict[str, Any]:
+    """The fields that do not depend on the layout. The first token after an empty prompt has nothing to predict it."""
+    responses = [response[0 if pair.prompt else 1 :] for pair in pairs for response in (pair.chosen, pair.rejected)]
+    return {
+        "targets": torch.tensor([token for response in responses for token in response], dtype=torch.int64),
+        "cu_seqlens": _offsets([len(response) for response in responses]),
+        "keys": tuple(keys),
+        "num_tokens": sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs),
+    }
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)

@@ -1,0 +1,414 @@
+"""The command line: `fastdpo train`, `fastdpo doctor`, `fastdpo demo`.
+
+Every field of DPOConfig is an option of `fastdpo train`, written as `--flag`, `--flag true` or `--no_flag`, as a list of
+words, or as JSON for a dict. A YAML file given with `--config` holds the same options: its lines become arguments before
+those of the command line, so one parser reads both and the command line wins. torch and transformers load only when a
+command needs them.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
+
+# Names of TRL's scripts that are no options here: what to do instead.
+_REFUSED_INPUTS = {
+    "datasets": "mix datasets in Python with datasets.concatenate_datasets and call fastdpo.train",
+    "streaming": "it belongs to a mixture of datasets; for one dataset use --dataset_streaming",
+    "test_split_size": "split the file beforehand and give --eval_dataset",
+    "ignore_bias_buffers": "it works around a fault of several-process training with old models; leave it out",
+    "env": "set environment variables in the shell",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    commands = {"train": train, "doctor": doctor, "demo": demo}
+    parser = argparse.ArgumentParser(
+        prog="fastdpo",
+        description="Train language models from preference pairs.",
+        epilog="train: a model and a file of pairs; doctor: what this machine can do; demo: the whole way in a few "
+        "minutes, without GPU or network. `fastdpo train --help` lists the options.",
+    )
+    parser.add_argument("--version", action="version", version=_version("fastdpo"))
+    parser.add_argument("command", choices=commands)
+    return commands[parser.parse_args(argv[:1]).command](argv[1:])
+
+
+def demo(argv: list[str]) -> int:
+    """The main job on a tiny model that is made on the spot."""
+    from fastdpo.demo import main as run_demo
+
+    return run_demo(argv)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+def train(argv: list[str]) -> int:
+    """Trains from the options in `argv`; bad input gives one line and exit code 1, a misspelt option 2."""
+    parser = training_parser()
+    inputs, options = parse_training(parser, argv)
+    try:
+        _train(inputs, options)
+    except (ValueError, OSError, ImportError) as error:
+        if inputs.traceback:
+            raise
+        print(f"fastdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
+    _show_messages()
+    from fastdpo.config import DPOConfig
+
+    config = DPOConfig(**options)
+    if config.do_predict:
+        raise ValueError("do_predict has no meaning here: fastdpo train trains, and evaluates with eval_strategy.")
+    if config.do_eval and config.eval_strategy == "no":
+        raise ValueError("do_eval needs a time to evaluate: set eval_strategy to epoch or steps.")
+    train_dataset, eval_dataset = _datasets(inputs, config)
+    import fastdpo
+
+    result = fastdpo.train(
+        inputs.model, train_dataset, eval_dataset=eval_dataset, ref_model=inputs.ref_model, args=config
+    )
+    print(f"model saved to {config.output_dir}")
+    for name, value in result.metrics.items():
+        print(f"{name:28} {value:.6g}" if isinstance(value, float) else f"{name:28} {value}")
+
+
+def _datasets(inputs: argparse.Namespace, config: "DPOConfig") -> tuple[Any, Any]:
+    """Training and evaluation rows; a dataset with splits serves for both, as in TRL's script."""
+    rows, held_out = inputs.train_dataset, inputs.eval_dataset
+    if held_out is None and config.eval_strategy != "no":
+        if Path(rows).expanduser().is_file():
+            raise ValueError(
+                f"eval_strategy needs rows to evaluate on, and {rows} has no split for them: give --eval_dataset."
+            )
+        held_out = rows
+    if inputs.dataset_config is None and not inputs.dataset_streaming:
+        return rows, held_out
+    return (
+        _from_hub(rows, config.dataset_train_split, inputs),
+        None if held_out is None else _from_hub(held_out, config.dataset_test_split, inputs),
+    )
+
+
+def _from_hub(name: str, split: str, inputs: argparse.Namespace) -> Any:
+    import datasets
+
+    if Path(name).expanduser().exists():
+        raise ValueError(
+            f"dataset_config and dataset_streaming are for datasets of the Hub, and {name} is here: drop them."
+        )
+    return datasets.load_dataset(name, inputs.dataset_config, split=split, streaming=inputs.dataset_streaming)
+
+
+def _show_messages() -> None:
+    """Plain lines on stderr from every module of fastdpo."""
+    messages = logging.getLogger("fastdpo")
+    if not messages.handlers and not logging.getLogger().handlers:
+        messages.addHandler(logging.StreamHandler())
+    messages.setLevel(logging.INFO)
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Knows every option's name, so that it can say which one a misspelt one is like."""
+
+    names: list[str]
+
+    def unknown(self, name: str, where: str = "") -> NoReturn:
+        from fastdpo.verdicts import nearest
+
+        if name in _REFUSED_INPUTS:
+            self.error(f"{where}{name} is not supported: {_REFUSED_INPUTS[name]}")
+        self.error(f"{where}unknown option {name!r}{nearest(name, self.names)}")
+
+
+def training_parser() -> _Parser:
+    """The options of `fastdpo train`: inputs, then DPOConfig's by topic. Those that do not work are understood, not listed."""
+    from fastdpo.config import DPOConfig
+    from fastdpo.verdicts import VERDICTS
+
+    parser = _Parser(
+        prog="fastdpo train",
+        usage="fastdpo train --model MODEL --train_dataset ROWS --output_dir OUT [options]",
+        description="Train a causal language model from preference pairs.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        allow_abbrev=False,
+    )
+    _add_inputs(parser.add_argument_group("inputs"))
+    fields = {field.name: field for field in dataclasses.fields(DPOConfig)}
+    hints = get_type_hints(DPOConfig)
+    topics = {verdict.topic: parser.add_argument_group(verdict.topic) for verdict in VERDICTS.values() if verdict.topic}
+    for name, verdict in VERDICTS.items():
+        if verdict.topic and name in fields:
+            _add_field(topics[verdict.topic], fields[name], hints[name])
+        else:  # DPOConfig says what to do instead
+            parser.add_argument(
+                f"--{name}", nargs="?", const=True, default=argparse.SUPPRESS, type=_loose, help=argparse.SUPPRESS
+            )
+    parser.names = [action.dest for action in parser._actions if action.dest != "help"]
+    return parser
+
+
+def _add_inputs(group: Any) -> None:
+    group.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
+    group.add_argument("--model", "--model_name_or_path", help="directory or Hub name of the model to train")
+    group.add_argument(
+        "--train_dataset", "--dataset_name", metavar="ROWS", help="jsonl, json, parquet or csv file, or Hub name"
+    )
+    group.add_argument(
+        "--eval_dataset",
+        metavar="ROWS",
+        help="rows to evaluate on (default: dataset_test_split of a dataset with splits)",
+    )
+    group.add_argument("--ref_model", metavar="MODEL", help="the reference (default: the model before training)")
+    group.add_argument("--dataset_config", metavar="NAME", help="configuration of a Hub dataset (default: none)")
+    group.add_argument(
+        "--dataset_streaming",
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="true|false",
+        help="stream a Hub dataset (default: false)",
+    )
+    group.add_argument("--traceback", action="store_true", help="show where an error came from (default: false)")
+
+
+def _add_field(group: Any, field: dataclasses.Field, hint: Any) -> None:
+    from fastdpo.verdicts import CHOICES
+
+    name, kinds = field.name, get_args(hint) or (hint,)
+    if field.default is not dataclasses.MISSING:
+        default = field.default
+    else:
+        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+    about = str(field.metadata.get("help", "")).split(". ")[0].rstrip(".").replace("%%", "%").replace("%", "%%")
+    about += f": {', '.join(CHOICES[name])}" if name in CHOICES else ""
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": f"{about} (default: {_shown(default)})"}
+    lists = [kind for kind in (*kinds, hint) if get_origin(kind) is list]
+    if bool in kinds:
+        group.add_argument(f"--{name}", type=_truth, nargs="?", const=True, metavar="true|false", **options)
+        options["help"] = argparse.SUPPRESS
+        group.add_argument(f"--no_{name}", dest=name, action="store_false", **options)
+    elif lists:
+        group.add_argument(f"--{name}", type=get_args(lists[0])[0], nargs="+", metavar="X", **options)
+    else:
+        metavar = "JSON" if dict in kinds else "X"
+        group.add_argument(f"--{name}", type=_converter(kinds), metavar=metavar, **options)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(getattr(value, "value", value))
+
+
+def _converter(kinds: Iterable[Any]) -> Callable[[str], Any]:
+    number = int if int in kinds else float if float in kinds else None
+    if number is None:
+        return str  # DPOConfig reads JSON
+
+    def convert(text: str) -> Any:
+        if type(None) in kinds and text.lower() in ("none", "null"):
+            return None
+        return number(text)
+
+    convert.__name__ = "whole number" if number is int else "number"  # argparse puts it into its message
+    return convert
+
+
+def _truth(text: str) -> bool | None:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "none": None, "null": None}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return words[text.lower()]
+
+
+def _loose(text: str) -> Any:
+    """A value of an option without a declared type: JSON where it is JSON, else the text."""
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_training(parser: _Parser, argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """-> the inputs, and the options that were given, for DPOConfig."""
+    argv = [_underscored(word) for word in argv]
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--config")
+    path = finder.parse_known_args(argv)[0].config
+    given, rest = parser.parse_known_args((_words_of_yaml(parser, path) if path else []) + argv)
+    for word in rest:
+        if word.startswith("--"):
+            parser.unknown(word[2:].split("=")[0])
+    if rest:
+        parser.error(f"unexpected argument {rest[0]!r}: every option has a name, as in --beta 0.2")
+    options = vars(given)
+    names = (
+        "config",
+        "model",
+        "train_dataset",
+        "eval_dataset",
+        "ref_model",
+        "dataset_config",
+        "dataset_streaming",
+        "traceback",
+    )
+    inputs = argparse.Namespace(**{name: options.pop(name) for name in names})
+    for name in ("model", "train_dataset"):
+        if getattr(inputs, name) is None:
+            parser.error(f"--{name} is missing: fastdpo train --model MODEL --train_dataset ROWS --output_dir OUT")
+    return inputs, options
+
+
+def _underscored(word: str) -> str:
+    """--learning-rate=1e-6 -> --learning_rate=1e-6"""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def _words_of_yaml(parser: _Parser, path: str) -> list[str]:
+    """The options of a YAML file as the arguments that they would be on the command line."""
+    import yaml
+
+    try:
+        options = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {' '.join(str(error).split())}")
+    if not isinstance(options, dict):
+        parser.error(f"--config {path} must hold a mapping of options to values, got {type(options).__name__}")
+    words = []
+    for name, value in options.items():
+        known = [*parser.names, "model_name_or_path", "dataset_name"]
+        if name not in known or name == "config":
+            parser.unknown(str(name), where=f"{path}: ")
+        words += _words_of_option(name, value)
+    return words
+
+
+def _words_of_option(name: str, value: Any) -> list[str]:
+    from fastdpo.verdicts import CHOICES, VERDICTS
+
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    present = VERDICTS[name].instead if name in VERDICTS and VERDICTS[name].kind == "renamed" else name
+    if value is False and "no" in CHOICES.get(present, ()):
+        value = "no"  # as YAML reads an unquoted no
+    if value is None and not _is_optional(present):
+        return []
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"]
+
+
+def _is_optional(name: str) -> bool:
+    """Whether an empty value means something else than leaving the option out."""
+    from fastdpo.config import DPOConfig
+
+    return any(field.name == name and field.default is not None for field in dataclasses.fields(DPOConfig))
+
+
+# Doctor ---------------------------------------------------------------------------------------------------------------
+
+
+def doctor(argv: list[str]) -> int:
+    """Prints versions, devices and the way each kernel takes; returns 1 with the reason where training cannot run."""
+    argparse.ArgumentParser(prog="fastdpo doctor", description=doctor.__doc__).parse_args(argv)
+    problems = []
+    _print_rows("versions", [("python", platform.python_version()), ("fastdpo", _version("fastdpo"))])
+    needed = _needed_versions()
+    for package in ("torch", "transformers", "datasets", "peft", "accelerate", "triton", "bitsandbytes", "flash-attn"):
+        version = _version(package)
+        print(f"  {package:22} {version}")
+        if version == "not installed" and package in ("torch", "transformers", "datasets", "peft", "accelerate"):
+            problems.append(f"{package} is not installed: pip install {package}")
+        elif (
+            version != "not installed" and package in needed and not needed[package].contains(version, prereleases=True)
+        ):
+            problems.append(f"{package} {version} does not fit {needed[package]}: pip install -U {package}")
+    if not problems:
+        problems += _devices()
+        _paths()
+    for problem in problems:
+        print(f"fastdpo cannot train here: {problem}")
+    if not problems:
+        print("fastdpo can train here.")
+    return int(bool(problems))
+
+
+def _print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    print(title)
+    for name, value in rows:
+        print(f"  {name:22} {value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _needed_versions() -> dict[str, Any]:
+    """What the installed fastdpo asks for; nothing where it runs from a bare checkout."""
+    from packaging.requirements import Requirement
+
+    if _version("fastdpo") == "not installed":
+        return {}
+    requirements = [Requirement(line) for line in importlib.metadata.requires("fastdpo") or []]
+    return {one.name: one.specifier for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})}
+
+
+def _devices() -> list[str]:
+    """Prints what can compute; -> what is wrong with it."""
+    import torch
+
+    rows = [("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")]
+    problems = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        with torch.cuda.device(index):
+            bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+        memory = f"{card.total_memory / 2**30:.1f} GiB"
+        rows.append((f"cuda:{index}", f"{card.name}, capability {card.major}.{card.minor}, {memory}, {bf16}"))
+        try:
+            torch.ones(1, device=f"cuda:{index}").add(1).item()
+        except RuntimeError as error:
+            problems.append(f"cuda:{index} cannot compute with torch {torch.__version__}: {str(error).splitlines()[0]}")
+    if len(rows) == 1:
+        rows.append(("GPU", "none that torch can use: training runs on the CPU"))
+    _print_rows("devices", rows)
+    return problems
+
+
+def _paths() -> None:
+    from fastdpo import attention
+    from fastdpo_kernels import linear_logps
+
+    _print_rows("paths", [*attention.backend_report(), *linear_logps.method_report()])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,443 @@
+"""DPOConfig: every option of a run, each one honoured or refused.
+
+The class is transformers' `TrainingArguments` plus the preference, data, adapter and memory options, under TRL's names,
+so that `HfArgumentParser`, callbacks, reporters and scripts work with it. What becomes of each option stands in
+`verdicts.py`; what is not honoured raises as soon as it has another value than its default, as does a value out of
+range.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import tempfile
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import torch
+from transformers import TrainingArguments
+
+from fastdpo.verdicts import (
+    CHOICES,
+    ENUMS,
+    LATER_LOSSES,
+    RANGES,
+    REFUSED_OPTIMIZERS,
+    VERDICTS,
+    changes_nothing,
+    nearest,
+    present_names,
+    refusal,
+)
+
+logger = logging.getLogger(__name__)
+
+
+_LISTS = ("loss_type", "loss_weights", "lora_target_modules", "lora_modules_to_save")
+_DICTS = ("model_init_kwargs", "rope_scaling", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
+_DICTS += ("activation_checkpointing_kwargs",)
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a dict"}
+
+
+@functools.cache
+def _type_hints() -> dict[str, Any]:
+    return get_type_hints(DPOConfig)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the declared type; whole numbers pass for numbers, truth values for neither."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, member) for member in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)
+
+
+def _in_words(hint: Any) -> str:
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [get_origin(member) or member for member in members]
+    return " or ".join(_WORDS.get(kind, "None" if kind is type(None) else str(kind)) for kind in kinds)
+
+
+@functools.cache
+def _defaults(cls: type) -> dict[str, Any]:
+    return {
+        option.name: option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        for option in dataclasses.fields(cls)
+    }
+
+
+_Config = TypeVar("_Config", bound=type)
+
+
+def _takes_old_names(cls: _Config) -> _Config:
+    """Puts `present_names` before the `__init__` that dataclass wrote, so that an old name is understood or refused."""
+    written_by_dataclass = cls.__init__
+
+    @functools.wraps(written_by_dataclass)
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        written_by_dataclass(self, *args, **present_names(options, _defaults(cls)))
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _option(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _later(default: Any) -> Any:
+    return _option(default, "Documented for DPO; not available yet in this version.")
+
+
+@_takes_old_names
+@dataclass(repr=False)  # the inherited text hides tokens
+class DPOConfig(TrainingArguments):
+    """The options of one run. A script may assign to them until training starts, when `validate` reads them again."""
+
+    # Model
+    model_revision: str = _option("main", "Branch, tag or commit of the model to load.")
+    trust_remote_code: bool = _option(False, "Run code that comes with the model or its tokenizer.")
+    dtype: str = _option("auto", "Dtype of weights that do not train")
+    attn_implementation: str | None = _option(None, "Attention for models that cannot take packed pairs.")
+    model_init_kwargs: dict | str | None = _option(None, "More arguments for from_pretrained, as JSON.")
+    rope_scaling: dict | str | None = _option(None, "RoPE scaling for lengths beyond the learned ones, as JSON.")
+    disable_dropout: bool = _option(True, "Train without dropout, LoRA's included.")
+
+    # Adapters, under the names of TRL's ModelConfig
+    use_peft: bool = _option(False, "Train LoRA adapters instead of all weights.")
+    lora_r: int = _option(16, "Rank of the adapters.")
+    lora_alpha: int = _option(32, "Scale of the adapters, divided by lora_r.")
+    lora_dropout: float = _option(0.0, "Dropout before the adapters; needs disable_dropout=False.")
+    lora_target_modules: list[str] | None = _option(None, "Modules that get an adapter; unset: all linear ones.")
+    lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full beside the adapters.")
+    use_rslora: bool = _option(False, "Scale adapters by the square root of lora_r.")
+    use_dora: bool = _option(False, "Train magnitude and direction apart (DoRA).")
+
+    # Data
+    dataset_train_split: str = _option("train", "Split to train on.")
+    dataset_test_split: str = _option("test", "Split to evaluate on.")
+    max_length: int | None = _option(1024, "Longest prompt plus response, in tokens; none: no limit.")
+    max_prompt_length: int | None = _option(None, "Longest prompt, in tokens.")
+    max_completion_length: int | None = _option(None, "Longest response, in tokens.")
+    truncation_mode: str = _option("keep_end", "Which end is kept of a prompt that is too long")
+    dataset_num_proc: int | None = _option(None, "Processes that tokenize.")
+
+    # Preference loss
+    beta: float = _option(0.1, "Strength of the pull to the reference; for ipo the paper's tau.")
+    label_smoothing: float = _option(0.0, "Share of labels taken to be flipped (sigmoid: conservative DPO).")
+    loss_type: list[str] = _option(["sigmoid"], "One loss or several: sigmoid, hinge, ipo.")
+    loss_weights: list[float] | None = _option(None, "Weight of each loss in loss_type; unset: 1 each.")
+
+    # Memory
+    max_tokens_per_microbatch: int | None = _option(
+        None, "Tokens in one forward pass; changes no result. Unset: per_device_train_batch_size pairs."
+    )
+
+    # Inherited options with a default of ours, or that transformers dropped or has in some versions only
+    learning_rate: float | None = _option(None, "Peak learning rate; unset: 1e-6 for full training, 2e-5 for adapters.")
+    train_sampling_strategy: str = _option("random", "Order of the rows")
+    warmup_ratio: float = _option(0.0, "Share of the steps over which the learning rate rises.")
+    bf16: bool | None = _option(None, "Compute in bfloat16; unset: where the GPU has it.")
+    logging_steps: float = _option(10, "Steps between two log lines; below 1 a share of all steps.")
+    logging_dir: str | None = _option(None, "Directory of TensorBoard's files.")
+    overwrite_output_dir: bool = _option(
+        False, "Accepted for old scripts: a directory with files is named, never refused."
+    )
+    gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass, to save memory.")
+    gradient_checkpointing_kwargs: dict | str | None = _option(None, "Arguments of torch's checkpoint, as JSON.")
+    activation_checkpointing: bool | None = _option(None, "Newer name of gradient_checkpointing.")
+    activation_checkpointing_kwargs: dict | str | None = _option(None, "Newer name of gradient_checkpointing_kwargs.")
+
+    # Documented for DPO, not available yet
+    load_in_4bit: bool = _later(False)
+    load_in_8bit: bool = _later(False)
+    bnb_4bit_quant_type: str = _later("nf4")
+    reference_free: bool = _later(False)
+    rpo_alpha: float | None = _later(None)
+    sync_ref_model: bool = _later(False)
+    ref_model_mixup_alpha: float = _later(0.9)
+    ref_model_sync_steps: int = _later(64)
+    precompute_ref_log_probs: bool = _later(False)
+    precompute_ref_batch_size: int | None = _later(None)
+    f_divergence_type: str = _later("reverse_kl")
+    f_alpha_divergence_coef: float = _later(1.0)
+    ld_alpha: float | None = _later(None)
+    use_weighting: bool = _later(False)
+    discopop_tau: float = _later(0.05)
+    router_aux_loss_coef: float | None = _later(None)
+    activation_offloading: bool = _later(False)
+    generate_during_eval: bool = _later(False)
+    is_encoder_decoder: bool | None = _later(None)
+    max_target_length: int | None = _later(None)
+    model_adapter_name: str | None = _later(None)
+    ref_adapter_name: str | None = _later(None)
+    force_use_ref_model: bool = _later(False)
+    ref_model_init_kwargs: dict | str | None = _later(None)
+    label_pad_token_id: int = _later(-100)
+    padding_value: int | None = _later(None)
+    pad_token: str | None = _later(None)
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        self._check()
+        # 5.23 calls the older name deprecated, which is no news to whoever sets either; one name is kept from here on.
+        self.activation_checkpointing = self.gradient_checkpointing
+        self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        super().__post_init__()
+        self.activation_checkpointing = self.activation_checkpointing_kwargs = None
+        self._check_devices()
+
+    def validate(self) -> None:
+        """Reads every option again, as a script may have assigned to them; raises as the constructor does."""
+        assigned = {
+            name: value for name, value in vars(self).items() if name not in _defaults(type(self)) and name in VERDICTS
+        }
+        for name in assigned:
+            delattr(self, name)
+        for name, value in present_names(assigned, _defaults(type(self))).items():
+            setattr(self, name, value)
+        self._normalise()
+        self._check()
+        self._validate_args()  # transformers' own, of strategies and steps
+        self._check_devices()
+
+    def _normalise(self) -> None:
+        """One form for each option: a list for one name, a dict for JSON, one name for checkpointing, bf16 decided."""
+        for name in _LISTS:
+            value = getattr(self, name)
+            single = isinstance(value, (str, Real)) and not isinstance(value, bool)
+            setattr(self, name, [value] if single else list(value) if isinstance(value, tuple) else value)
+        for name in _DICTS:
+            setattr(self, name, _dict_of(name, getattr(self, name)))
+        for name in ("output_dir", "logging_dir"):
+            value = getattr(self, name)
+            setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
+        if isinstance(self.dtype, torch.dtype):
+            self.dtype = str(self.dtype).removeprefix("torch.")
+        self.report_to = [] if self.report_to in (None, "none", ["none"]) else self.report_to
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        self._join_checkpointing()
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and _gpu_has_bf16()
+        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers wants it said; the machine has nothing else
+        if self.eval_strategy == "steps" and not self.eval_steps:
+            self.eval_steps = self.logging_steps
+
+    def _join_checkpointing(self) -> None:
+        for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+            newer = name.replace("gradient", "activation")
+            value, newer_value = getattr(self, name), getattr(self, newer)
+            if value and newer_value is not None and value != newer_value:
+                raise ValueError(f"{name}={value!r} and {newer}={newer_value!r} name one option: give one of them.")
+            setattr(self, name, value if newer_value is None else newer_value)
+            setattr(self, newer, None)
+        self.gradient_checkpointing = False if self.gradient_checkpointing is None else self.gradient_checkpointing
+
+    def _check(self) -> None:
+        self._check_supported()
+        self._check_types()
+        self._check_choices()
+        self._check_ranges()
+        self._check_losses()
+        self._check_combinations()
+
+    def _check_supported(self) -> None:
+        for name, default in _defaults(type(self)).items():
+            verdict = VERDICTS.get(name)  # a subclass may have fields of its own
+            if verdict and verdict.kind != "works" and not changes_nothing(getattr(self, name), default):
+                raise refusal(name, getattr(self, name))
+
+    def _check_types(self) -> None:
+        for name, hint in _type_hints().items():
+            if name not in VERDICTS or VERDICTS[name].kind != "works" or name in ENUMS:
+                continue
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                raise ValueError(f"{name} must be {_in_words(hint)}, got {value!r} ({type(value).__name__}).")
+            finite = [] if name == "max_grad_norm" else value if isinstance(value, list) else [value]
+            if any(isinstance(item, float) and not math.isfinite(item) for item in finite):
+                raise ValueError(f"{name} must be finite, got {value!r}.")
+
+    def _check_choices(self) -> None:
+        optimizer = getattr(self.optim, "value", self.optim)
+        if isinstance(optimizer, str) and optimizer.startswith(REFUSED_OPTIMIZERS):
+            raise ValueError(
+                f"optim={optimizer!r} is not supported: it needs more than parameters and gradients; take "
+                "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor or another that needs no more."
+            )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
+        for name, enum in ENUMS.items():
+            setattr(self, name, enum(getattr(self, name)))
+
+    def _check_ranges(self) -> None:
+        for names, words, holds in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ValueError(f"{name} must be {words}, got {value!r}.")
+
+    def _check_losses(self) -> None:
+        from fastdpo.losses import LOSSES  # its formulas are for those who train, not for whoever reads a config
+
+        if not self.loss_type:
+            raise ValueError(f"loss_type is empty; give one of {', '.join(LOSSES)}.")
+        for name in self.loss_type:
+            if name in LOSSES:
+                continue
+            if name in LATER_LOSSES:
+                raise ValueError(
+                    f"loss_type {name!r} is not available yet in this version; there are {', '.join(LOSSES)}."
+                )
+            raise ValueError(
+                f"unknown loss {name!r}{nearest(name, [*LOSSES, *LATER_LOSSES])}; there are {', '.join(LOSSES)}."
+            )
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} numbers, loss_type {len(self.loss_type)} names: give one "
+                "weight a loss."
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, got {self.label_smoothing!r}.")
+        if self.label_smoothing and not any(
+            "label_smoothing" in LOSSES[name].hyper_parameters for name in self.loss_type
+        ):
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} has no effect on {', '.join(self.loss_type)}: set it to 0 "
+                "or add sigmoid."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a response in "
+                f"max_length={self.max_length}: lower it."
+            )
+        defaults = _defaults(DPOConfig)
+        idle = [
+            name
+            for name in VERDICTS
+            if name.startswith("lora_") and name in defaults or name in ("use_rslora", "use_dora")
+        ]
+        for name in idle:
+            if not self.use_peft and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without adapters: set use_peft=True.")
+        if self.lora_dropout and self.disable_dropout:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout!r} needs disable_dropout=False, which trains with dropout."
+            )
+        if self.warmup_ratio and self.warmup_steps:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio!r} and warmup_steps={self.warmup_steps!r} exclude each other: give "
+                "one of them."
+            )
+        kwargs = self.gradient_checkpointing_kwargs
+        if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs use_reentrant=True is not supported: packed attention needs the other "
+                "kind; set it to False."
+            )
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError(
+                "fp16=True needs a GPU, as its loss scaling is for GPU arithmetic: leave it out, or set bf16=True."
+            )
+
+    def _check_devices(self) -> None:
+        if self.world_size > 1:
+            raise ValueError(
+                f"{self.world_size} processes were launched; training in several is not available yet: start one."
+            )
+        if self.use_cpu and self.device.type != "cpu":
+            raise ValueError(
+                f"use_cpu was set after {self.device} had been chosen: give use_cpu=True when the config is made."
+            )
+        if self.n_gpu > 1:
+            logger.info("one process trains on one GPU: %s of %d is used", self.device, self.n_gpu)
+            self._n_gpu = 1
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Steps over which the learning rate rises; a `warmup_ratio` rounds up, as it did in transformers 4."""
+        if self.warmup_ratio:
+            return math.ceil(num_training_steps * self.warmup_ratio)
+        return super().get_warmup_steps(num_training_steps)
+
+    def check_output_dir(self) -> None:
+        """Makes `output_dir` and writes to it once, so that a run does not find out at its end."""
+        directory = Path(self.output_dir or "trainer_output")
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(b"x")
+        except OSError as error:
+            raise ValueError(
+                f"output_dir={str(directory)!r} cannot be written ({error.strerror}): give a directory that can."
+            ) from error
+        if any(directory.iterdir()):
+            logger.info("output_dir %s has files already; those of the same name are written over", directory)
+
+    def differences_from_trl(self) -> list[str]:
+        """A line for each option in use whose meaning or default is not that of TRL 1.16."""
+        lines = []
+        if self.label_smoothing:
+            lines.append(
+                f"label_smoothing={self.label_smoothing} makes sigmoid conservative DPO (TRL 1.16 ignores it there)"
+            )
+        if self.learning_rate is None and self.use_peft:
+            lines.append("learning_rate is 2e-5 for adapters (TRL 1.16: 1e-6 for all)")
+        if self.truncation_mode == "keep_end" and self.max_length is not None:
+            lines.append("truncation_mode='keep_end' keeps the end of a prompt that is too long (TRL 1.16: keep_start)")
+        if not self.gradient_checkpointing:
+            lines.append("gradient_checkpointing is off (TRL 1.16: on)")
+        return lines
+
+    @classmethod
+    def from_arguments(cls, arguments: TrainingArguments) -> "DPOConfig":
+        """The config of a run: a DPOConfig as it is, or TRL's or transformers' arguments with each value as given."""
+        config = arguments if isinstance(arguments, cls) else cls(**_given_options(arguments, _defaults(cls)))
+        for line in config.differences_from_trl():
+            logger.info(line)
+        return config
+
+
+def _given_options(arguments: TrainingArguments, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """What another class's options ask for: all that work here, and any other that is not at that class's default."""
+    options = {}
+    for name, default in _defaults(type(arguments)).items():
+        value = getattr(arguments, name)
+        works = name in ours and VERDICTS[name].kind == "works"
+        if works or not changes_nothing(value, default):
+            options[name] = value
+    return options
+
+
+def _dict_of(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be a dict or its JSON, got {value!r} ({error}).") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name} must be a dict or its JSON, got {value!r}.")
+    return parsed
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,0 +1,130 @@
+"""Which layout a model takes, proven and not listed.
+
+Many families accept a custom attention function and silently do without it: ALiBi, attention classes of their own, dropped keyword
+arguments, recurrent layers. So two small pairs go through the model itself and through both layouts before training. Packed runs
+where every layer called our attention and the log-probs are the model's own; padded, with the reason said, where they are not.
+
+Legend: P pairs, T tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdpo.attention import CannotPack, packed_calls
+from fastdpo.batch import PreferenceBatch, pack, pad
+from fastdpo.data import TokenPair
+from fastdpo.model import Policy, base_model
+
+# Rounding of two right computations of a logit, relative to the largest one. A wrong mask moves log-probs by 1e-3 and more.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How pairs become batches, and why so."""
+
+    packed: bool
+    reason: str
+    pad_token_id: int = 0
+
+    def collate(self, pairs: Sequence[TokenPair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
+        return pack(pairs, keys) if self.packed else pad(pairs, keys, self.pad_token_id)
+
+    def tokens(self, pair: TokenPair) -> int:
+        """What a pair costs in this layout: its prompt is computed once, or twice."""
+        return pair.length + (0 if self.packed else len(pair.prompt))
+
+
+def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
+    """Tries both layouts on two pairs; the model's mode, attention and random state are as before afterwards.
+
+    Raises ValueError where even the padded layout does not give the model's own log-probs, or where tokens see later ones.
+    """
+    model = base_model(policy.model)
+    pairs = probe_pairs(model.get_input_embeddings().num_embeddings)
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            expected, tolerance = _model_logps(policy, pairs)
+            _check_padded(policy, pad(pairs, pad_token_id=pad_token_id), expected, tolerance)
+            try:
+                reason = _why_not_packed(policy, pack(pairs), expected, tolerance)
+            except CannotPack as refusal:
+                reason = str(refusal)
+    finally:
+        policy.train(training)
+    return Layout(not reason, reason or "every attention layer takes packed segments", pad_token_id)
+
+
+def probe_pairs(vocabulary: int) -> list[TokenPair]:
+    """Two small pairs: ragged, one of them with a one-token response."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda count: torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()  # noqa: E731
+    return [TokenPair(draw(5), draw(4), draw(3)), TokenPair(draw(3), draw(1), draw(6))]
+
+
+def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, float]:
+    """(N,) log-probs by the model's own forward, one sequence at a time, and how far another right computation may be."""
+    model = base_model(policy.model)
+    device = model.get_input_embeddings().weight.device
+    values, largest = [], 1.0
+    with torch.autocast(device.type, policy.autocast) if policy.autocast else nullcontext():
+        for pair in pairs:
+            for response in (pair.chosen, pair.rejected):
+                tokens = torch.tensor([[*pair.prompt, *response]], device=device)
+                logits = policy.model(input_ids=tokens, use_cache=False).logits[0].float()
+                _check_causal(policy, tokens, logits)
+                largest = max(largest, float(logits.abs().max()))
+                first = len(pair.prompt)
+                values.append(logits[first - 1 : -1].log_softmax(-1).gather(1, tokens[0, first:, None])[:, 0])
+    precision = policy.autocast or min((p.dtype for p in policy.parameters() if p.is_floating_point()), key=lambda d: d.itemsize)
+    return torch.cat(values), ROUNDING[precision] * largest
+
+
+def _check_causal(policy: Policy, tokens: Tensor, logits: Tensor) -> None:
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % logits.shape[-1]
+    again = policy.model(input_ids=changed, use_cache=False).logits[0].float()
+    if not torch.allclose(again[:-1], logits[:-1], rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
+        raise ValueError(
+            f"{type(base_model(policy.model)).__name__} lets a token see later ones (an encoder, or a config with is_decoder=False): "
+            "preference training needs a causal, decoder-only language model"
+        )
+
+
+def _check_padded(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float) -> None:
+    error = _error(policy, batch, expected)
+    if not error <= tolerance:
+        raise ValueError(
+            f"the log-probs that fastdpo computes for {type(base_model(policy.model)).__name__} differ from the model's own by "
+            f"{error:.1e}, more than rounding ({tolerance:.0e}): its head or padding has a form that is not supported yet"
+        )
+
+
+def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float) -> str:
+    model = base_model(policy.model)
+    parameters: dict[str, Any] = dict(inspect.signature(model.base_model.forward).parameters)
+    if "position_ids" not in parameters:
+        return f"{type(model).__name__} takes no position ids"
+    with packed_calls() as calls:
+        error = _error(policy, batch, expected)
+    layers = model.config.get_text_config().num_hidden_layers
+    if calls.count != layers:
+        return f"{calls.count} of {layers} layers of {type(model).__name__} attend through transformers' attention interface"
+    if not error <= tolerance:
+        return f"packed log-probs of {type(model).__name__} differ from the model's own by {error:.1e}"
+    return ""
+
+
+def _error(policy: Policy, batch: PreferenceBatch, expected: Tensor) -> float:
+    logps, _ = policy(batch.to(expected.device))
+    return float((logps - expected).abs().max())

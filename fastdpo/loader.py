@@ -1,0 +1,94 @@
+"""Optimizer batches from tokenized tables: which rows a step sees, and how they group into micro-batches.
+
+One item of a loader is everything that one optimizer step computes, as a list of PreferenceBatches. Workers do the collation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from fastdpo.batch import PreferenceBatch, microbatches
+from fastdpo.config import DPOConfig
+from fastdpo.data import TokenPair, row_key
+from fastdpo.layout import Layout
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Rows of one optimizer batch -> its micro-batches."""
+
+    layout: Layout
+    max_pairs: int  # a micro-batch, without a token budget
+    max_tokens: int | None
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> list[PreferenceBatch]:
+        pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+        lengths = [self.layout.tokens(pair) for pair in pairs]
+        return [
+            self.layout.collate(group, [row_key(pair) for pair in group])
+            for indices in microbatches(lengths, self.max_pairs, self.max_tokens)
+            for group in [[pairs[index] for index in indices]]
+        ]
+
+
+class EpochSampler(Sampler[int]):
+    """The rows of one epoch in the order that `train_sampling_strategy` asks for; the same for the same seed and epoch."""
+
+    def __init__(self, table: Dataset, strategy: str, batch_pairs: int, seed: int) -> None:
+        self.rows, self.strategy, self.batch_pairs, self.seed = len(table), strategy, batch_pairs, seed
+        self.epoch = 0
+        self.lengths: list[int] = []
+        if strategy == "group_by_length":
+            columns = table.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+            self.lengths = [sum(map(len, row.values())) for row in columns]
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        if self.strategy == "sequential":
+            return iter(range(self.rows))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.strategy == "group_by_length":
+            return iter(get_length_grouped_indices(self.lengths, self.batch_pairs, generator=generator))
+        return iter(torch.randperm(self.rows, generator=generator).tolist())
+
+
+def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig) -> DataLoader:
+    """Optimizer batches of per_device_train_batch_size * gradient_accumulation_steps pairs; the last one may be smaller."""
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    sampler = None
+    if isinstance(table, Dataset):
+        seed = config.seed if config.data_seed is None else config.data_seed
+        sampler = EpochSampler(table, config.train_sampling_strategy, pairs, seed)
+    collate = Collate(layout, config.per_device_train_batch_size, config.max_tokens_per_microbatch)
+    return _loader(table, sampler, pairs, collate, config, config.dataloader_drop_last)
+
+
+def eval_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig) -> DataLoader:
+    """Batches of per_device_eval_batch_size pairs, in order."""
+    pairs = config.per_device_eval_batch_size
+    return _loader(table, None, pairs, Collate(layout, pairs, config.max_tokens_per_microbatch), config, False)
+
+
+def _loader(
+    table: Dataset | IterableDataset, sampler: EpochSampler | None, pairs: int, collate: Collate, config: DPOConfig, drop: bool
+) -> DataLoader:
+    return DataLoader(
+        table,  # type: ignore[arg-type]
+        batch_size=pairs,
+        sampler=sampler,
+        collate_fn=collate,
+        drop_last=drop,
+        num_workers=config.dataloader_num_workers,
+        pin_memory=config.dataloader_pin_memory and config.device.type == "cuda",
+        persistent_workers=config.dataloader_persistent_workers,
+        prefetch_factor=config.dataloader_prefetch_factor,
+    )

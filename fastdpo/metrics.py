@@ -1,0 +1,95 @@
+"""Metrics: sums on the device, one read a log line, and what a run leaves in its output_dir.
+
+Names and meanings are TRL's. Pair metrics are means over the pairs since the last line, token metrics over their scored tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastdpo.step import SUMS
+
+_COUNTS = {"entropy": "scored_tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens"}
+_COUNTS["mean_token_accuracy"] = "chosen_tokens"
+
+
+class MetricSums:
+    """Adds up step.SUMS vectors without waiting for them."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, sums: Tensor, skip_non_finite: bool = False) -> None:
+        """`skip_non_finite` leaves out a vector with NaN or infinity in it (`logging_nan_inf_filter`)."""
+        if skip_non_finite:
+            sums = torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def read(self, *extra: Tensor) -> tuple[dict[str, float], list[float]]:
+        """The one host sync of a log line: -> metrics of what was added since the last read, and the `extra` scalars."""
+        assert self.sums is not None, "nothing was added"
+        values = torch.cat([self.sums, *(value.detach().double().reshape(1) for value in extra)]).tolist()
+        sums = dict(zip(SUMS, values, strict=False))
+        sums["scored_tokens"] = sums["chosen_tokens"] + sums["rejected_tokens"]
+        self.sums = None
+        counted = [name for name in SUMS if name not in ("pairs", "chosen_tokens", "rejected_tokens")]
+        return {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in counted}, values[len(SUMS) :]
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+class RunFiles(TrainerCallback):
+    """Writes each log row to output_dir/metrics.jsonl as it comes, and output_dir/curves.png when training ends."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.global_step == 0:
+            self._path(args).write_text("")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero and state.log_history:
+            with self._path(args).open("a") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            plot_curves(state.log_history, Path(str(args.output_dir)) / "curves.png")
+
+    @staticmethod
+    def _path(args: TrainingArguments) -> Path:
+        return Path(str(args.output_dir)) / "metrics.jsonl"
+
+
+CURVES = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "reward accuracy"))
+
+
+def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss, reward margin and reward accuracy over steps, training and evaluation, side by side in one PNG."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+        for key, style in _series(history, name):
+            rows = [(row["step"], row[key]) for row in history if key in row]
+            label = "training" if key == name else key.removesuffix("_" + name) if key != f"eval_{name}" else "evaluation"
+            axes.plot(*zip(*rows, strict=True), style, label=label, markersize=4)
+        axes.set(title=title, xlabel="optimizer step")
+        if name == "rewards/accuracies":
+            axes.set_ylim(-0.03, 1.03)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def _series(history: list[dict[str, Any]], name: str) -> list[tuple[str, str]]:
+    keys = {key: None for row in history for key in row if key == name or key.startswith("eval_") and key.endswith("_" + name)}
+    return [(key, "-" if key == name else "o--") for key in sorted(keys)]

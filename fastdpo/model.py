@@ -1,0 +1,268 @@
+"""The model: loading, adapters, precision, and the one module that turns a PreferenceBatch into token log-probs.
+
+Hidden states come from the backbone, the LM head's weight goes to `linear_logps`; CausalLM.forward is neither copied nor patched.
+Whatever trains has fp32 master weights (at a learning rate of 1e-6 a bf16 weight hardly ever moves: its neighbours are 0.4% away),
+frozen weights keep the dtype they came in.
+
+Legend: P pairs, R rows, T tokens in a row, N scored tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fastdpo.attention import attention_configs, checkpoint_contexts, packed_attention
+from fastdpo.batch import PreferenceBatch
+from fastdpo.config import DPOConfig
+from fastdpo_kernels.linear_logps import linear_logps
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# Loading ----------------------------------------------------------------------------------------------------------------------
+
+
+def compute_dtype(config: DPOConfig) -> torch.dtype:
+    """The dtype of matrix products: what bf16 and fp16 ask for."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
+def load_model(source: str | PreTrainedModel | PeftModel, config: DPOConfig, adapters: bool) -> PreTrainedModel | PeftModel:
+    """A name, path or loaded model -> a causal language model with a head; weights on CPU or where the given model has them.
+
+    Raises ValueError for anything else: encoder-decoders, models without a language-model head, load options on a loaded model.
+    """
+    if isinstance(source, str):
+        return _from_pretrained(source, config, adapters)
+    _refuse_load_options(source, config)
+    base = base_model(source) if isinstance(source, (PreTrainedModel, PeftModel)) else None
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"model is a {type(source).__name__}, expected a name, a path, a PreTrainedModel or a PeftModel")
+    if base.config.is_encoder_decoder:
+        raise ValueError(f"{type(base).__name__} is an encoder-decoder, which is not available yet: give a decoder-only model")
+    if base.get_output_embeddings() is None:
+        raise ValueError(f"{type(base).__name__} has no language-model head: load it with AutoModelForCausalLM")
+    return source
+
+
+def _from_pretrained(name: str, config: DPOConfig, adapters: bool) -> PreTrainedModel:
+    where: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
+    model_config = AutoConfig.from_pretrained(name, **where)
+    if model_config.is_encoder_decoder or not _is_causal(model_config):
+        kind = "an encoder-decoder" if model_config.is_encoder_decoder else "not a causal language model"
+        raise ValueError(f"{name} ({model_config.model_type}) is {kind}: fastdpo trains decoder-only models with a language-model head")
+    if config.rope_scaling:
+        model_config.rope_parameters = {**(getattr(model_config, "rope_parameters", None) or {}), **config.rope_scaling}
+    options: dict[str, Any] = {"config": model_config, **where, **(config.model_init_kwargs or {})}
+    if config.attn_implementation:
+        options["attn_implementation"] = config.attn_implementation
+    frozen = compute_dtype(config) if config.dtype == "auto" else DTYPES[config.dtype]
+    options.setdefault("dtype", frozen if adapters or config.dtype != "auto" else torch.float32)
+    return AutoModelForCausalLM.from_pretrained(name, **options)
+
+
+def _is_causal(model_config: Any) -> bool:
+    remote = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    return remote or model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _refuse_load_options(source: Any, config: DPOConfig) -> None:
+    defaults = DPOConfig.__dataclass_fields__
+    names = ("model_revision", "trust_remote_code", "dtype", "attn_implementation", "model_init_kwargs", "rope_scaling")
+    if given := [name for name in names if getattr(config, name) != defaults[name].default]:
+        raise ValueError(
+            f"{', '.join(given)} apply while a model loads, but model is an already loaded {type(source).__name__}: "
+            "give the model by name or path, or load it with them yourself"
+        )
+
+
+def add_adapters(model: PreTrainedModel | PeftModel, peft_config: Any, config: DPOConfig) -> PreTrainedModel | PeftModel:
+    """The model with the adapters that `peft_config` or `use_peft` asks for, adapters in fp32; the model as it is without them."""
+    if peft_config is None and not config.use_peft:
+        return model
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training the adapter "
+            "that is there, or merge it first with model.merge_and_unload()"
+        )
+    if peft_config is not None and config.use_peft:
+        raise ValueError("both peft_config and use_peft are given: leave one out")
+    adapted = get_peft_model(model, peft_config or _lora_config(config))
+    if getattr(adapted.active_peft_config, "is_prompt_learning", False):
+        raise ValueError(f"{type(peft_config).__name__} adds virtual tokens, which packed pairs have no place for: use LoRA")
+    return adapted  # type: ignore[return-value]
+
+
+def _lora_config(config: DPOConfig) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or "all-linear",
+        modules_to_save=config.lora_modules_to_save,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+    )
+
+
+def prepare_precision(model: nn.Module, autocast: torch.dtype | None) -> None:
+    """fp32 master weights for everything that trains. Raises ValueError where nothing does."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError(
+            "no parameter of the model requires a gradient, so nothing would train: load the adapter with is_trainable=True, or "
+            "set requires_grad on what is to train"
+        )
+    half = [parameter for parameter in trained if parameter.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        logger.info("%d parameters train in fp32: cast from %s", sum(p.numel() for p in half), half[0].dtype)
+    for parameter in half:
+        parameter.data = parameter.data.float()
+    if half and autocast is None and not isinstance(model, PeftModel):
+        model.float()  # without autocast a matrix product takes one dtype
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside of a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a learned table has room for; None for rotary, ALiBi and the like."""
+    inputs = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        last = name.rsplit(".", 1)[-1]
+        if isinstance(module, nn.Embedding) and module is not inputs and (last == "wpe" or "position" in last):
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+# Training mode ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[int]:
+    """Within it, every dropout, layerdrop and router jitter of the model is 0, whatever its mode; yields how many were not."""
+    changed: list[tuple[Any, str, float]] = []
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else [n for n in vars(module) if _is_noise(n)]
+        changed += [(module, n, v) for n in names if isinstance(v := getattr(module, n), float) and v > 0]
+    try:
+        for module, name, _ in changed:
+            setattr(module, name, 0.0)
+        yield len(changed)
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+
+
+def _is_noise(attribute: str) -> bool:
+    return any(word in attribute for word in ("dropout", "layerdrop", "pdrop", "jitter"))
+
+
+def enable_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None) -> None:
+    """Non-reentrant gradient checkpointing whose second run of a block sees the attention of the first."""
+    base = base_model(model)
+    if not base.supports_gradient_checkpointing:
+        raise ValueError(f"{type(base).__name__} does not support gradient checkpointing: set gradient_checkpointing=False")
+    options = {**(kwargs or {}), "use_reentrant": False, "context_fn": checkpoint_contexts(attention_configs(base))}
+    if hasattr(base, "activation_checkpointing_enable"):  # the name of transformers since 5.2x
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+# The forward ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """The LM head as numbers: logits = softcap * tanh(scale * (W h + b) / softcap)."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    logit_scale: float
+    softcap: float | None
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The head as the model would apply it now, adapters on or off. Raises ValueError for adapters that have no such form."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
+    weight, bias = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight, getattr(layer, "bias", None)
+    if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
+        weight = weight + sum(_low_rank_update(layer, name) for name in layer.active_adapters)
+    text = model.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    return Head(weight, bias, scale, getattr(text, "final_logit_softcapping", None))
+
+
+def _low_rank_update(layer: Any, adapter: str) -> Tensor:
+    """scaling * B A, (V, D): an adapter on the head is part of its weight."""
+    plain = type(layer) is LoraLinear and not layer.use_dora.get(adapter) and not layer.lora_bias.get(adapter)
+    if not plain or isinstance(layer.lora_dropout[adapter], nn.Dropout) and layer.lora_dropout[adapter].p > 0:
+        raise ValueError(
+            f"the adapter {adapter!r} on the LM head ({type(layer).__name__}) is not a plain LoRA without dropout, DoRA or bias: "
+            "leave the head out of target_modules, or list it in modules_to_save"
+        )
+    return layer.scaling[adapter] * (layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight)
+
+
+class Policy(nn.Module):
+    """The one module that the engine wraps: a PreferenceBatch in, token log-probs out; backbone and head inside.
+
+    `autocast` is the dtype of matrix products, None for the weights' own. `noisy` says that dropout is on in training mode.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, noisy: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.noisy = noisy
+        self.configs = attention_configs(model)
+
+    def forward(self, batch: PreferenceBatch, stats: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> (N,) fp32 log-probs of batch.targets, and (N,) of each statistic that `linear_logps` knows."""
+        device = batch.input_ids.device.type
+        with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
+            head = output_head(base_model(self.model))
+            return linear_logps(
+                self.hidden_rows(batch),
+                head.weight,
+                batch.targets,
+                head.bias,
+                logit_scale=head.logit_scale,
+                softcap=head.softcap,
+                stats=stats,
+            )
+
+    def hidden_rows(self, batch: PreferenceBatch) -> Tensor:
+        """(N, D): final hidden states of the rows that predict a response token, and of no others."""
+        backbone = base_model(self.model).base_model
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        attention: AbstractContextManager[None] = nullcontext()
+        if batch.segments is None:
+            inputs["attention_mask"] = batch.attention_mask
+        else:
+            inputs |= {"position_ids": batch.position_ids, "segments": batch.segments}
+            attention = packed_attention(self.configs)
+        with attention:
+            hidden = backbone(**inputs).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch.logit_rows)

@@ -1,0 +1,165 @@
+"""Where reference log-probs come from, and the memory that keeps them from being computed twice.
+
+Chosen once, before the loop: the policy's own base with the adapters off, a frozen copy of the adapter that training started from,
+a second model, or a frozen copy of the whole policy. The pass takes the same code path and arithmetic as the policy's, so before the
+first update every margin is exactly 0. The reference does not change during a run, so its log-probs are remembered by row: epochs
+after the first, and evaluations after the first, never run it again.
+
+Legend: P pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+
+from fastdpo.batch import PreferenceBatch
+from fastdpo.model import Policy
+from fastdpo_kernels.pair_loss import sequence_sums
+
+logger = logging.getLogger(__name__)
+
+FROZEN_ADAPTER = "reference"
+
+
+class Reference:
+    """Summed reference log-probs of a batch's pairs."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        without_policy: Callable[[], AbstractContextManager[object]],
+        description: str,
+        equals_policy: bool,
+        remember: bool,
+    ) -> None:
+        """`policy` computes them inside `without_policy()`; `equals_policy` says whether training starts from the reference."""
+        self.policy, self.without_policy = policy, without_policy
+        self.description, self.equals_policy = description, equals_policy
+        self.memory = ReferenceMemory() if remember else None
+
+    def __call__(self, batch: PreferenceBatch) -> Tensor:
+        """-> (P, 2) fp32: chosen, rejected."""
+        if self.memory is not None and self.memory.knows(batch):
+            return self.memory.recall(batch)
+        logps = self.compute(batch)
+        if self.memory is not None:
+            self.memory.store(batch, logps)
+        return logps
+
+    @torch.no_grad()
+    def compute(self, batch: PreferenceBatch) -> Tensor:
+        """Runs the reference, without dropout."""
+        with self.without_policy(), evaluating(self.policy):
+            token_logps, _ = self.policy(batch)
+        return sequence_sums(token_logps, batch.cu_seqlens).view(-1, 2)
+
+    def release(self) -> None:
+        """Takes the frozen adapter, if there is one, back out of the policy's model."""
+        if isinstance(self.policy.model, PeftModel) and FROZEN_ADAPTER in self.policy.model.peft_config:
+            self.policy.model.delete_adapter(FROZEN_ADAPTER)
+
+
+class ReferenceMemory:
+    """Log-probs by row key, on the device that computed them: looking up a batch reads nothing back to the host."""
+
+    def __init__(self) -> None:
+        self.slots: dict[bytes, int] = {}
+        self.values = torch.empty(0, 2)
+
+    def knows(self, batch: PreferenceBatch) -> bool:
+        return bool(batch.keys) and all(key in self.slots for key in batch.keys)
+
+    def recall(self, batch: PreferenceBatch) -> Tensor:
+        return self.values.index_select(0, self._slots(batch))
+
+    def store(self, batch: PreferenceBatch, logps: Tensor) -> None:
+        for key in batch.keys:
+            self.slots.setdefault(key, len(self.slots))
+        if len(self.slots) > self.values.shape[0]:
+            grown = logps.new_empty(max(1024, 2 * len(self.slots)), 2)
+            grown[: self.values.shape[0]] = self.values.to(grown)
+            self.values = grown
+        self.values.index_copy_(0, self._slots(batch), logps)
+
+    def _slots(self, batch: PreferenceBatch) -> Tensor:
+        slots = torch.tensor([self.slots[key] for key in batch.keys], dtype=torch.int64)
+        return slots.to(batch.targets.device, non_blocking=True)
+
+
+def find_reference(policy: Policy, ref_policy: Policy | None, probe: PreferenceBatch, remember: bool) -> Reference:
+    """The cheapest right reference for this policy. `probe` is any batch on the policy's device."""
+    if ref_policy is not None:
+        ref_policy.requires_grad_(False).eval()
+        return Reference(ref_policy, nullcontext, "the given ref_model", False, remember)
+    model = policy.model
+    if not isinstance(model, PeftModel):
+        frozen = Policy(copy.deepcopy(model), policy.autocast).requires_grad_(False).eval()
+        return Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True, remember)
+    if _adapters_change_nothing(policy, probe):
+        return Reference(policy, model.disable_adapter, "the policy with its adapters off", True, remember)
+    _freeze_adapter_copy(model)
+    description = "a frozen copy of the adapter that training starts from (with adapters off the model is another one)"
+    return Reference(policy, lambda: active_adapter(model, FROZEN_ADAPTER), description, True, remember)
+
+
+@contextmanager
+def evaluating(policy: Policy) -> Iterator[None]:
+    """The policy's modules in evaluation mode, where training mode would still make a difference."""
+    if not policy.noisy or not policy.training:
+        yield
+        return
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train()
+
+
+@contextmanager
+def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
+    """`name` in place of the adapter that is active."""
+    before = model.active_adapter
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+
+
+@torch.no_grad()
+def _adapters_change_nothing(policy: Policy, probe: PreferenceBatch) -> bool:
+    """Fresh LoRA adds exactly 0. A trained adapter, or an initialisation that moves weights into it (PiSSA, OLoRA), does not."""
+    training = policy.training
+    policy.eval()
+    try:
+        with_adapters, _ = policy(probe)
+        with policy.model.disable_adapter():
+            without, _ = policy(probe)
+    finally:
+        policy.train(training)
+    return torch.equal(with_adapters, without)
+
+
+def _freeze_adapter_copy(model: PeftModel) -> None:
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"adapters {model.active_adapters} are active at once: set one with model.set_adapter(name)")
+    active = model.active_adapters[0]
+    config = copy.deepcopy(model.peft_config[active])
+    config.inference_mode = True
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and its like would change the base weights again
+    state = {name: value.clone() for name, value in get_peft_model_state_dict(model, adapter_name=active).items()}
+    model.add_adapter(FROZEN_ADAPTER, config)
+    set_peft_model_state_dict(model, state, adapter_name=FROZEN_ADAPTER)
+    for name, parameter in model.named_parameters():
+        if f".{FROZEN_ADAPTER}." in name:
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+    model.set_adapter(active)

@@ -1,0 +1,145 @@
+"""The shapes in which a preference row comes: strings or chat messages, the prompt explicit or implicit, or token ids.
+
+Every shape becomes prompt, chosen and rejected of one kind, or is refused with the row, the column and the type found.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+OPTION_COLUMNS = ("tools", "chat_template_kwargs")  # passed to the chat template, row by row
+IMAGE_COLUMNS = ("image", "images")
+EXPECTED = (
+    "a preference dataset has 'chosen' and 'rejected', and 'prompt' unless both answers repeat it "
+    "(strings or lists of chat messages), or 'prompt_ids', 'chosen_ids' and 'rejected_ids'"
+)
+
+
+def check_columns(columns: Sequence[str], name: str) -> None:
+    found = f"The {name} dataset has the columns {', '.join(map(repr, columns))}"
+    if set(ID_COLUMNS) <= set(columns):
+        return
+    if missing := [column for column in ("chosen", "rejected") if column not in columns]:
+        hint = ""
+        if {"completion", "label"} <= set(columns):
+            hint = " These look like unpaired (KTO) rows: pair them first."
+        elif "messages" in columns:
+            hint = " These look like rows for supervised fine-tuning, which have one answer each."
+        raise ValueError(f"{found}; missing {' and '.join(map(repr, missing))}: {EXPECTED}.{hint}")
+    if images := [column for column in IMAGE_COLUMNS if column in columns]:
+        raise ValueError(f"{found}; pairs with images are not supported. Remove {images[0]!r} to train on the text.")
+
+
+def type_name(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return f"list of {type(value[0]).__name__}"
+    return "nothing (None)" if value is None else type(value).__name__
+
+
+def _typed(row: dict[str, Any], column: str, where: str) -> str | list[dict]:
+    """A string or a list of messages, without the empty keys that Arrow adds to messages of unlike keys."""
+    value = row[column]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        return [{key: without_none(v) for key, v in m.items() if v is not None or key == "content"} for m in value]
+    raise ValueError(
+        f"{where}: column {column!r} is {type_name(value)}, expected a string or a list of chat messages "
+        '({"role": ..., "content": ...}).'
+    )
+
+
+def without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def split_row(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
+    """Prompt, chosen and rejected: three strings or three lists of messages, whichever shape the row has."""
+    chosen, rejected = _typed(row, "chosen", where), _typed(row, "rejected", where)
+    prompt = _typed(row, "prompt", where) if "prompt" in row else None
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            return _split_text(chosen, rejected)
+        if isinstance(prompt, str):
+            return prompt, chosen, rejected
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        # each side keeps a message to answer with, even where one conversation is the beginning of the other
+        shared = min(common_prefix_length(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+        if isinstance(prompt, list):
+            # the prompt repeated at the head of both conversations is still only once the prompt
+            repeated = 0 < len(prompt) <= shared and chosen[: len(prompt)] == prompt
+            return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if repeated else (prompt, chosen, rejected)
+        if shared > 0 and (prompt is None or chosen[shared - 1]["content"] == prompt):
+            return chosen[:shared], chosen[shared:], rejected[shared:]
+        if prompt is None:
+            raise ValueError(
+                f"{where}: chosen and rejected share no first message, so there is no prompt; they begin with "
+                f"{str(chosen[:1])[:80]} and {str(rejected[:1])[:80]}."
+            )
+    kinds = ", ".join(
+        f"{column} is {type_name(value)}"
+        for column, value in zip(TEXT_COLUMNS, (prompt, chosen, rejected), strict=True)
+        if value is not None
+    )
+    raise ValueError(
+        f"{where} mixes formats: {kinds}. Prompt and answers must all be strings or all lists of messages; "
+        'an answer as a message is [{"role": "assistant", "content": ...}].'
+    )
+
+
+def _split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Cut two texts after what they share, at the beginning of a word.
+
+    Answers that begin with the same words leave these words to the prompt: they would add the same log-probs to both
+    sides. A word that the texts share only in part goes to the answers whole, and so does the space before it, which
+    most tokenizers keep in one token with the word.
+    """
+    end = common_prefix_length(chosen, rejected)
+    if end and any(end < len(text) and _in_word(text[end - 1]) and _in_word(text[end]) for text in (chosen, rejected)):
+        while end and _in_word(chosen[end - 1]):
+            end -= 1
+    if end and chosen[end - 1] == " ":
+        end -= 1
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _in_word(character: str) -> bool:
+    """Letters, their marks, digits, and what joins them: apostrophes and zero-width joiners."""
+    return unicodedata.category(character)[0] in "LMN" or character in "_'\u2019\u200c\u200d"
+
+
+def says_nothing(answer: str | list[dict]) -> bool:
+    if isinstance(answer, str):
+        return not answer.strip()
+    contents = [message["content"] for message in answer if not set(message) - {"role", "content"}]
+    return len(contents) == len(answer) and not any(
+        content.strip() if isinstance(content, str) else content for content in contents
+    )
+
+
+def given_ids(row: dict[str, Any], where: str) -> tuple[list[int], list[int], list[int]]:
+    for column in ID_COLUMNS:
+        ids = row[column]
+        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(f"{where}: column {column!r} is {type_name(ids)}, expected a list of token ids (>= 0).")
+    return row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+
+
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many leading items two sequences share, by bisection over slices (no Python loop over the items)."""
+    low, high = 0, min(len(first), len(second))
+    if first[:high] == second[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

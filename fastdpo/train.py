@@ -1,0 +1,466 @@
+"""The trainer: build everything once, then a loop without branches on kinds.
+
+    rows -> TokenPair -> PreferenceBatch -> token log-probs -> pair losses -> backward, optimizer step, one line in the log
+
+The optimizer sees exactly `per_device_train_batch_size * gradient_accumulation_steps` pairs a step. They are computed in
+micro-batches, each loss normalised by the step's own number of pairs, so gradients do not depend on the split. Accelerate carries
+device placement; transformers' callback handler, state and control decide when to log, evaluate, save and stop.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerControl, TrainerState, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
+
+from fastdpo import build, checkpoint
+from fastdpo.batch import PreferenceBatch
+from fastdpo.config import DPOConfig
+from fastdpo.loader import eval_loader, train_loader
+from fastdpo.losses import loss_terms
+from fastdpo.metrics import MetricSums
+from fastdpo.model import Policy, without_dropout
+from fastdpo.step import PreferenceStep
+from fastdpo_kernels.pair_loss import PairLoss
+
+logger = logging.getLogger(__name__)
+
+NO_WEIGHT_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as transformers' Trainer has it
+
+
+class DPOTrainer:
+    """Trains `model` from preference pairs.
+
+    model, ref_model: a name, a path, or a loaded PreTrainedModel or PeftModel. Without ref_model the reference is the model as it
+    is given: its base with the adapters off, or a frozen copy.
+    args: a DPOConfig (TRL's DPOConfig and TrainingArguments are converted).
+    train_dataset, eval_dataset: whatever `fastdpo.data.load_rows` takes; eval_dataset may also map names to such.
+    processing_class: the tokenizer, also accepted as `tokenizer`; by default the one that comes with the model.
+    peft_config: a peft config for new adapters; `use_peft` and the lora_* fields of args do the same.
+
+    Raises ValueError for input that cannot train, before a model loads wherever it can be told by then.
+    """
+
+    def __init__(
+        self,
+        model: build.Model | None = None,
+        ref_model: build.Model | None = None,
+        args: Any = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        if tokenizer is not None and processing_class is not None:
+            raise ValueError("processing_class and tokenizer are two names for one argument: give one of them")
+        self.args = args = DPOConfig.from_arguments(DPOConfig() if args is None else args)
+        _log_to_stderr(args)
+        args.validate()
+        build.check_models(model, ref_model, args, peft_config)
+        args.check_output_dir()
+        (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+
+        self.processing_class = build.find_tokenizer(processing_class or tokenizer, model, args)  # type: ignore[arg-type]
+        tables = build.build_eval_tables(eval_dataset, self.processing_class, args)
+        if train_dataset is not None:
+            split = args.dataset_train_split
+            tables["train"] = build.build_table(train_dataset, self.processing_class, args, "train", split)
+
+        self.policy = build.build_policy(model, peft_config, args)  # type: ignore[arg-type]
+        if args.learning_rate is None:
+            args.learning_rate = 2e-5 if hasattr(self.policy.model, "peft_config") else 1e-6
+        tables = build.check_fit(self.policy, tables, self.processing_class, args)
+        self.train_dataset = tables.pop("train", None)
+        self.eval_dataset = tables
+        ref_policy = build.build_ref_policy(ref_model, self.policy, args)
+        self.layout = build.common_layout(self.policy, ref_policy, self.processing_class)
+        streams = isinstance(self.train_dataset, IterableDataset)
+        self.reference = build.build_reference(self.policy, ref_policy, self.layout, remember=not streams)
+        self.terms = loss_terms(args.loss_type, args.loss_weights, args)
+
+        self.accelerator: Accelerator
+        self.optimizer: Any = None
+        self.lr_scheduler: Any = None
+        self.state, self.control = TrainerState(), TrainerControl()
+        self.callback_handler = build.build_callbacks(callbacks, self.policy, self.processing_class, args)
+        build.describe(self.policy, self.layout, self.reference, args)
+        self.control = self.callback_handler.on_init_end(args, self.state, self.control)
+
+    @property
+    def model(self) -> Any:
+        """The model that trains, a PeftModel where adapters do."""
+        return self.policy.model
+
+    @property
+    def ref_model(self) -> Any:
+        """The reference's own model; None where it is the policy with its adapters switched."""
+        return None if self.reference.policy is self.policy else self.reference.policy.model
+
+    # Training -----------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> TrainOutput:
+        """Trains from the start; -> transformers' TrainOutput (global_step, training_loss, metrics)."""
+        args = self.args
+        if self.train_dataset is None:
+            raise ValueError("train_dataset is missing: the trainer was built without one")
+        args.validate()
+        started = time.time()
+        self._start_engine()
+        loader = train_loader(self.train_dataset, self.layout, args)
+        steps, epochs = _length_of_run(loader, args)
+        self._build_optimizer(steps)
+        self.state = TrainerState(max_steps=steps, num_train_epochs=math.ceil(epochs), train_batch_size=args.train_batch_size)
+        self.state.is_world_process_zero = self.accelerator.is_main_process
+        self.state.is_local_process_zero = self.accelerator.is_local_main_process
+        self.state.compute_steps(args, steps)
+        self.control = TrainerControl()
+        self._running = _Running(step=self._preference_step())
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
+
+        with without_dropout(self.model) if args.disable_dropout else nullcontext():
+            self.policy.train()
+            self.control = handler.on_train_begin(args, self.state, self.control)
+            if args.eval_on_start:
+                self.evaluate()
+            self._run_epochs(loader, steps)
+            if args.load_best_model_at_end and self.state.best_model_checkpoint:
+                logger.info("loading the best model, from %s", self.state.best_model_checkpoint)
+                checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+        return self._finish(time.time() - started)
+
+    def _run_epochs(self, loader: DataLoader, steps: int) -> None:
+        args, handler = self.args, self.callback_handler
+        length = len(loader) if isinstance(self.train_dataset, Dataset) else steps
+        epoch = 0
+        while self.state.global_step < steps and not self.control.should_training_stop:
+            _set_epoch(loader, epoch)
+            self.control = handler.on_epoch_begin(args, self.state, self.control)
+            count = 0
+            for count, batches in enumerate(loader, 1):  # noqa: B007 (an epoch's length may be unknown before)
+                self.control = handler.on_step_begin(args, self.state, self.control)
+                self._optimizer_step(batches)
+                self.state.global_step += 1
+                self.state.epoch = epoch + count / length
+                self.control = handler.on_step_end(args, self.state, self.control)
+                self._log_evaluate_save()
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    break
+            if count == 0:
+                raise ValueError("train_dataset gave no batch: it is empty, or smaller than one batch with dataloader_drop_last=True")
+            self.control = handler.on_epoch_end(args, self.state, self.control)
+            self._log_evaluate_save()
+            epoch += 1
+
+    def _optimizer_step(self, batches: list[PreferenceBatch]) -> None:
+        """All micro-batches of one step, their gradients those of the mean over its pairs; then one update."""
+        args, running, handler = self.args, self._running, self.callback_handler
+        total = sum(batch.num_pairs for batch in batches)
+        for index, batch in enumerate(batches):
+            running.tokens += batch.num_tokens
+            result, sums = running.step(batch.to(args.device, non_blocking=True))
+            if not running.checked:
+                self._check_first_margins(result)
+            running.sums.add(sums, skip_non_finite=args.logging_nan_inf_filter)
+            self.accelerator.backward(self.scaler.scale(result.losses.sum() / total))
+            if index + 1 < len(batches):
+                self.control = handler.on_substep_end(args, self.state, self.control)
+        self.scaler.unscale_(self.optimizer)
+        if args.max_grad_norm:
+            running.grad_norm = self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm)
+        self.control = handler.on_pre_optimizer_step(args, self.state, self.control)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.control = handler.on_optimizer_step(args, self.state, self.control)
+        running.learning_rate = self.optimizer.param_groups[0]["lr"]
+        if not isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        if args.torch_empty_cache_steps and (self.state.global_step + 1) % args.torch_empty_cache_steps == 0:
+            torch.cuda.empty_cache()
+
+    def _check_first_margins(self, result: PairLoss) -> None:
+        """Policy and reference start equal, so every log-ratio of the first micro-batch must be 0: the one check that catches a
+        wrong reference, a wrong mask and a wrong mode at once."""
+        self._running.checked = True
+        if not self.reference.equals_policy or self.policy.noisy:
+            return
+        largest = float((result.log_ratios[:, 0] - result.log_ratios[:, 1]).abs().max())
+        if largest == 0:
+            logger.info("first margins: all exactly 0, the policy starts from its reference")
+            return
+        scale = float(result.logps.abs().max())
+        if largest > 0.05 * scale or self.policy.autocast is None and largest > 1e-4 * scale:
+            raise RuntimeError(
+                f"before the first update the policy's margin to its own reference is {largest:.2e}, and must be 0: something changes "
+                "the model between two forward passes (a hook, a dropout that is not a module, a cache); find it before training"
+            )
+        logger.warning("first margins: up to %.1e instead of 0, the noise of this model's kernels", largest)
+
+    def _log_evaluate_save(self) -> None:
+        if self.control.should_log and self._running.sums.sums is not None:
+            self.log(self._read_metrics())
+        if self.control.should_evaluate:
+            self.evaluate()
+        if self.control.should_save:
+            limit = self.args.save_total_limit
+            checkpoint.save_checkpoint(self.model, self.processing_class, self.state, Path(str(self.args.output_dir)), limit)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _read_metrics(self) -> dict[str, float]:
+        running = self._running
+        norm = [] if running.grad_norm is None else [running.grad_norm]
+        metrics, extra = running.sums.read(*norm)
+        running.logged(metrics.pop("loss"), self.state.global_step)
+        row = {"loss": running.window_loss, **dict(zip(["grad_norm"], extra, strict=False)), "learning_rate": running.learning_rate}
+        return {**row, **metrics, "num_tokens": running.tokens}
+
+    def _finish(self, seconds: float) -> TrainOutput:
+        """The last row of the log."""
+        args, state = self.args, self.state
+        if self._running.sums.sums is not None:
+            self._read_metrics()  # steps since the last line still count in train_loss
+        pairs = state.global_step * args.per_device_train_batch_size * args.gradient_accumulation_steps
+        metrics = {
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(pairs / seconds, 3),
+            "train_steps_per_second": round(state.global_step / seconds, 3),
+            "train_loss": self._running.mean_loss,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_train_end(args, state, self.control)
+        return TrainOutput(state.global_step, metrics["train_loss"], state.log_history[-1])
+
+    # Evaluation ---------------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Metrics of the evaluation sets, or of another dataset; logged, and returned under "eval_..." names."""
+        if eval_dataset is not None:
+            rows = build.build_table(eval_dataset, self.processing_class, self.args, metric_key_prefix, self.args.dataset_test_split)
+            tables = {metric_key_prefix: rows}
+        else:
+            tables = self.eval_dataset
+        if not tables:
+            raise ValueError("there is nothing to evaluate on: give eval_dataset to the trainer or to evaluate()")
+        self._start_engine()
+        metrics: dict[str, float] = {}
+        with without_dropout(self.model) if self.args.disable_dropout else nullcontext():
+            for name, table in tables.items():
+                metrics |= self._evaluate_table(name, table)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._note_best(metrics)
+        if isinstance(self.lr_scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.lr_scheduler.step(metrics[_best_key(self.args)])
+        return metrics
+
+    def _evaluate_table(self, name: str, table: build.Table) -> dict[str, float]:
+        started = time.time()
+        step, sums, pairs, count = self._preference_step(), MetricSums(), 0, 0
+        loader = eval_loader(table, self.layout, self.args)
+        training = self.policy.training
+        self.policy.eval()
+        self.callback_handler.eval_dataloader = loader
+        with torch.no_grad():
+            for batch in (batch for batches in loader for batch in batches):
+                sums.add(step(batch.to(self.args.device, non_blocking=True))[1])
+                pairs, count = pairs + batch.num_pairs, count + 1
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.policy.train(training)
+        metrics, _ = sums.read()
+        seconds = time.time() - started
+        metrics |= {"runtime": round(seconds, 4), "samples_per_second": round(pairs / seconds, 3)}
+        metrics["steps_per_second"] = round(count / seconds, 3)
+        return {f"{name}_{key}": value for key, value in metrics.items()}
+
+    def _note_best(self, metrics: Mapping[str, float]) -> None:
+        args, state = self.args, self.state
+        if args.metric_for_best_model is None:
+            return
+        key = _best_key(args)
+        if key not in metrics:
+            raise ValueError(f"metric_for_best_model={args.metric_for_best_model!r} is not among what evaluation gives: {sorted(metrics)}")
+        value, best = metrics[key], state.best_metric
+        better = best is None or (value > best if args.greater_is_better else value < best)
+        if better:
+            state.best_metric, state.best_global_step = value, state.global_step
+        if args.save_strategy == SaveStrategy.BEST:
+            self.control.should_save = better
+
+    # Around the loop ----------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float]) -> None:
+        """Adds a row to the history and hands it to the callbacks."""
+        epoch = {} if self.state.epoch is None else {"epoch": self.state.epoch}
+        row = {**logs, **epoch, "step": self.state.global_step}
+        self.state.log_history.append(row)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, {**logs, **epoch})
+
+    def save_model(self, output_dir: str | None = None) -> None:
+        """Writes what AutoModelForCausalLM.from_pretrained (adapters: PeftModel.from_pretrained) loads, tokenizer included."""
+        checkpoint.save_model(self.model, self.processing_class, Path(str(output_dir or self.args.output_dir)))
+
+    def add_callback(self, callback: Any) -> None:
+        self.callback_handler.add_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        self.callback_handler.remove_callback(callback)
+
+    def _preference_step(self) -> PreferenceStep:
+        return PreferenceStep(self.policy, self.reference, self.terms, self.args.beta)
+
+    def _start_engine(self) -> None:
+        """Accelerate's state is one a process and another trainer may have reset it, so each run takes its own hold of it.
+
+        Autocast and loss scaling are ours, not Accelerate's: its precision is fixed once a process.
+        """
+        self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
+        if self.accelerator.num_processes > 1:
+            raise ValueError(f"{self.accelerator.num_processes} processes were launched: this version trains in one")
+
+    def _build_optimizer(self, steps: int) -> None:
+        args = self.args
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
+        decayed = set(get_parameter_names(self.model, [torch.nn.LayerNorm], list(NO_WEIGHT_DECAY)))
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for n, p in named if n in decayed], "weight_decay": args.weight_decay},
+            {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
+        )
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
+
+
+@dataclass
+class _Running:
+    """What a training run carries from step to step."""
+
+    step: PreferenceStep
+    checked: bool = False
+    tokens: int = 0
+    learning_rate: float = 0.0
+    grad_norm: Tensor | None = None
+    window_loss: float = 0.0
+    mean_loss: float = 0.0
+    logged_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.sums = MetricSums()
+
+    def logged(self, loss: float, step: int) -> None:
+        """The mean over the run, from the means over its windows of steps."""
+        self.window_loss = loss
+        self.mean_loss += (loss - self.mean_loss) * (step - self.logged_steps) / max(step, 1)
+        self.logged_steps = step
+
+
+def _length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
+    """-> optimizer steps and epochs of the run."""
+    if isinstance(loader.dataset, IterableDataset):
+        return args.max_steps, 1
+    if not len(loader):
+        raise ValueError("train_dataset is smaller than one batch, and dataloader_drop_last=True drops it: set it to False")
+    if args.max_steps > 0:
+        return args.max_steps, args.max_steps / len(loader)
+    return math.ceil(args.num_train_epochs * len(loader)), args.num_train_epochs
+
+
+def _set_epoch(loader: DataLoader, epoch: int) -> None:
+    if isinstance(loader.dataset, IterableDataset):
+        loader.dataset.set_epoch(epoch)
+    else:
+        loader.sampler.epoch = epoch  # type: ignore[attr-defined]
+
+
+def _best_key(args: DPOConfig) -> str:
+    name = str(args.metric_for_best_model)
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
+def _log_to_stderr(args: DPOConfig) -> None:
+    """Plain lines on stderr, unless the program has set up logging of its own."""
+    package = logging.getLogger("fastdpo")
+    if package.level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    if args.log_level != "passive":
+        package.setLevel(args.get_process_log_level())
+    if not package.handlers and not logging.getLogger().handlers:
+        package.addHandler(logging.StreamHandler())
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns."""
+
+    model: Any  # the trained model, in evaluation mode
+    metrics: dict[str, float]  # of the whole run, and of the last evaluation
+    history: list[dict[str, Any]]  # one row a log line
+    trainer: DPOTrainer
+
+
+def train(
+    model: build.Model,
+    train_dataset: Any,
+    eval_dataset: Any = None,
+    ref_model: build.Model | None = None,
+    processing_class: Any = None,
+    peft_config: Any = None,
+    callbacks: list[Any] | None = None,
+    args: Any = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> TrainResult:
+    """Trains `model` from preference pairs and saves it into `output_dir`; arguments as DPOTrainer's, options any DPOConfig field.
+
+        out = fastdpo.train("Qwen/Qwen2.5-0.5B-Instruct", "pairs.jsonl", use_peft=True, output_dir="better")
+        out.model; out.metrics; out.history
+
+    Raises ValueError for input that cannot train.
+    """
+    if args is not None and options:
+        raise ValueError(f"both args and options ({', '.join(options)}) are given: put them all into args")
+    trainer = DPOTrainer(
+        model,
+        ref_model,
+        DPOConfig(**options) if args is None else args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processing_class,
+        peft_config=peft_config,
+        callbacks=callbacks,
+        tokenizer=tokenizer,
+    )
+    metrics = dict(trainer.train().metrics)
+    history = trainer.state.log_history
+    evaluated = [row for row in history if any(key.startswith("eval_") for key in row)]
+    metrics |= {key: value for row in evaluated[-1:] for key, value in row.items() if key.startswith("eval_")}
+    trainer.reference.release()
+    trainer.save_model()
+    logger.info("saved to %s", trainer.args.output_dir)
+    return TrainResult(trainer.model.eval(), metrics, history, trainer)

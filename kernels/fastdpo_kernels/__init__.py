@@ -1,0 +1,1 @@
+"""Hand-written kernels behind fastdpo; imports torch, triton and sympy only."""
