@@ -22,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default %(default)s)")
     run.add_argument("--tune", action="store_true", help="search TRL's fastest settings again before measuring")
     run.add_argument("--output", type=Path, default=table.RESULTS / "step-cpu.json", help="default %(default)s")
-    commands.add_parser("table", help="write the tables of benchmarks/README.md from results/*.json")
+    write = commands.add_parser("table", help="write the tables of benchmarks/README.md from results/*.json")
+    write.add_argument("--check", action="store_true", help="write nothing; exit 1 where the tables differ")
     return top
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_args(arguments)
     if options.command == "table":
-        return table.main()
+        return table.main(options.check)
     for name in ("pairs", "epochs", "batch", "repeat", "threads"):
         if getattr(options, name) < 1:
             commands.error(f"--{name} is {getattr(options, name)}, expected at least 1")

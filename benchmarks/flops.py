@@ -51,12 +51,16 @@ def _attention_rectangles(pair: PairLengths) -> int:
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, taught the CPU's attention kernel, which it does not know (torch 2.13)."""
+    """torch's counter, taught what it does not know (torch 2.13): the CPU's attention kernel and the in-place addmm_.
+
+    TRL's LM head accumulates its backward with addmm_; unseen, a third of that head's policy work would be missing.
+    """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
     aten: Any = torch.ops.aten
     mapping = {
+        aten.addmm_: addmm_flop,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LORA_RANK = 16
 # High for a preference run, so that a few steps move the loss and equal curves mean something.
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-4
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,16 @@ def between_markers(readme: str) -> str:
     return readme.split(BEGIN + "\n", 1)[1].split(END, 1)[0]
 
 
-def main() -> int:
+def main(check: bool) -> int:
+    """Writes the tables, or with `check` only says whether they are what results/ holds."""
     readme = README.read_text()
+    if check:
+        if between_markers(readme) == generated():
+            return 0
+        print(
+            f"error: the tables of {README} are not those of {RESULTS}: run python -m benchmarks table", file=sys.stderr
+        )
+        return 1
     README.write_text(readme.replace(BEGIN + "\n" + between_markers(readme), BEGIN + "\n" + generated()))
     print(f"tables of {README} written from {RESULTS}")
     return 0

@@ -1,7 +1,27 @@
-"""fastdpo: train language models from preference pairs, with packed prompts, no logits and a lean loop."""
+"""fastdpo: train language models from preference pairs, with packed prompts, no logits and a lean loop.
 
-from fastdpo.config import DPOConfig
-from fastdpo.train import DPOTrainer, TrainResult, train
+Names are imported on first use, so that `fastdpo --version` does not wait for torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastdpo.config import DPOConfig
+    from fastdpo.train import DPOTrainer, TrainResult, train
 
 __all__ = ["DPOConfig", "DPOTrainer", "TrainResult", "train"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DPOConfig":
+        from fastdpo.config import DPOConfig
+
+        return DPOConfig
+    if name in __all__:
+        # the function takes the place of the module of its name, which the import system has just put there
+        from fastdpo.train import DPOTrainer, TrainResult, train
+
+        globals().update(DPOTrainer=DPOTrainer, TrainResult=TrainResult, train=train)
+        return globals()[name]
+    raise AttributeError(f"module 'fastdpo' has no attribute {name!r}")

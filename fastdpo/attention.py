@@ -1,11 +1,14 @@
 """Packed prefix attention: what a transformers attention layer calls while fastdpo runs a packed batch.
 
-A packed row has two segments a pair, prompt + chosen and rejected; the second one's queries see the prompt's keys too, gathered once
-for the row. Inside a segment the mask is causal with the last query on the last key, so row i of the rejected response sees the
-prompt and i + 1 of its own tokens. Rotary embeddings are applied before, from the batch's position ids.
+A packed row has two segments a pair, prompt + chosen and rejected; the second one's queries see the prompt's keys too,
+gathered once for the row. Inside a segment the mask is causal with the last query on the last key, so row i of the
+rejected response sees the prompt and i + 1 of its own tokens. Rotary embeddings are applied before, from the batch's
+position ids.
 
-The function is registered with transformers under a name of its own and set on a model's configs only inside `packed_attention`,
-which restores them on exit and on exceptions: generation and callbacks see the model as it was given. Checkpointed blocks run
+The function is registered with transformers under a name of its own and set on a model's configs only inside
+`packed_attention`,
+which restores them on exit and on exceptions: generation and callbacks see the model as it was given. Checkpointed
+blocks run
 again in the backward, outside of that context; `checkpoint_contexts` gives them the same one.
 
 Backend: scaled_dot_product_attention segment by segment, plain matrix products where a logit softcap asks for them.
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,9 +33,10 @@ NAME = "fastdpo_prefix"
 
 @dataclass
 class Calls:
-    """How often `prefix_attention` ran."""
+    """How often `prefix_attention` ran, and the sliding windows that it was handed."""
 
     count: int = 0
+    windows: list[int] = field(default_factory=list)
 
 
 _counters: list[Calls] = []
@@ -59,10 +63,13 @@ def prefix_attention(
     """-> (1, T, Hq, dv), None. Raises CannotPack where a segment's answer would be wrong."""
     for counter in _counters:
         counter.count += 1
+        counter.windows += [] if sliding_window is None else [sliding_window]
     if segments is None:
         raise CannotPack(f"{type(module).__name__} does not hand keyword arguments on to its attention")
     if s_aux is not None or attention_mask is not None:
-        raise CannotPack(f"{type(module).__name__} adds {'sinks' if s_aux is not None else 'a mask of its own'} to its attention")
+        raise CannotPack(
+            f"{type(module).__name__} adds {'sinks' if s_aux is not None else 'a mask of its own'} to its attention"
+        )
     key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
     outputs = []
     queries = query.split(segments.query_lengths, dim=2)
@@ -83,7 +90,9 @@ AttentionInterface.register(NAME, prefix_attention)
 
 def attention_configs(model: nn.Module) -> list[Any]:
     """The distinct configs that a model's modules look up their attention in."""
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")}
+    configs = {
+        id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation_internal")
+    }
     return list(configs.values())
 
 
@@ -127,7 +136,9 @@ def packed_calls() -> Iterator[Calls]:
 
 def backend_report() -> list[tuple[str, str]]:
     """Which way packed attention goes on this machine, and why: rows of (what, path)."""
-    return [("packed attention", "torch scaled_dot_product_attention, segment by segment: the only backend of this version")]
+    return [
+        ("packed attention", "torch scaled_dot_product_attention, segment by segment: the only backend of this version")
+    ]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, **mask: Any) -> Tensor:

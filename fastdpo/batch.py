@@ -1,14 +1,16 @@
 """PreferenceBatch: the one shape in which pairs travel from the data to the loss.
 
-Packed, the layout that a run uses wherever the model allows it: all pairs end to end in one row without padding, a pair being
-prompt, chosen, rejected. The prompt stands there once and is computed once; rejected tokens attend to the prompt and to themselves,
-and their positions restart at the prompt's end:
+Packed, the layout that a run uses wherever the model allows it: all pairs end to end in one row without padding, a pair
+being prompt, chosen, rejected. The prompt stands there once and is computed once; rejected tokens attend to the prompt
+and to themselves, and their positions restart at the prompt's end:
 
     tokens      p0 p1 p2 | c0 c1 | r0 r1 r2        queries of segment A: p, c    keys: p, c
     positions    0  1  2 |  3  4 |  3  4  5        queries of segment B: r       keys: p, r (gathered)
 
-Padded, for models that cannot: one sequence a row, chosen and rejected interleaved, right-padded. Either way `logit_rows` names the
-hidden rows that predict a response token, so prompt rows never reach the LM head, and `targets` and `cu_seqlens` are the same.
+Padded, for models that cannot: one sequence a row, chosen and rejected interleaved, right-padded. Either way
+`logit_rows` names the
+hidden rows that predict a response token, so prompt rows never reach the LM head, and `targets` and `cu_seqlens` are
+the same.
 
 Legend: P pairs, T tokens in a row, R rows (1 packed, 2P padded), N scored tokens, S = 2P segments, K gathered keys.
 """
@@ -142,8 +144,9 @@ def pad(pairs: Sequence[Pair], keys: Sequence[bytes] = (), pad_token_id: int = 0
 def microbatches(lengths: Sequence[int], max_pairs: int, max_tokens: int | None) -> list[list[int]]:
     """Groups the pairs of an optimizer batch, given each pair's tokens: -> indices of each group.
 
-    Without a token budget, neighbours by length in groups of `max_pairs`, longest first so that the worst case comes first. With
-    one, as many as fit it; a pair longer than the budget goes alone. Gradients do not depend on the grouping.
+    Without a token budget, neighbours by length in groups of `max_pairs`, longest first so that the worst case comes
+    first. With one, as many as fit it; a pair longer than the budget goes alone. Gradients do not depend on the
+    grouping.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if max_tokens is None:

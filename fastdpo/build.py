@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PrinterCallback, ProgressCallback
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
 from fastdpo.attention import backend_report
@@ -28,6 +28,7 @@ from fastdpo.model import (
     base_model,
     compute_dtype,
     enable_checkpointing,
+    input_embedding,
     learned_positions,
     load_model,
     prepare_precision,
@@ -47,19 +48,23 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
         raise ValueError("model is missing: give a name, a path or a loaded causal language model")
     if ref_model is not None and ref_model is model:
         raise ValueError(
-            "ref_model is the same object as model, so it would train along: leave ref_model out (the reference is then model as it "
-            "is now), or give a copy"
+            "ref_model is the same object as model, so it would train along: leave ref_model out (the reference is "
+            "then model as it is now), or give a copy"
         )
     if (peft_config is not None or config.use_peft) and isinstance(ref_model, PeftModel):
         logger.info("the given ref_model carries adapters of its own; it is used as it is")
 
 
 def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> Any:
-    """The given tokenizer, or the one that comes with the model; with a pad token. Raises ValueError where there is none."""
+    """The given tokenizer, or the one that comes with the model; with a pad token. Raises ValueError where there is
+    none.
+    """
     if processing_class is None:
         name = model if isinstance(model, str) else base_model(model).config._name_or_path
         if not name:
-            raise ValueError("processing_class is missing and the model was not loaded from a place that has a tokenizer: give one")
+            raise ValueError(
+                "processing_class is missing and the model was not loaded from a place that has a tokenizer: give one"
+            )
         options = {"revision": config.model_revision} if isinstance(model, str) else {}
         processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
     prepare_tokenizer(processing_class)
@@ -70,7 +75,9 @@ def build_table(source: Any, tokenizer: Any, config: DPOConfig, name: str, split
     """Any dataset that load_rows takes -> token id columns."""
     table = tokenize_pairs(load_rows(source, split, name), tokenizer, config, name)
     if name == "train" and isinstance(table, IterableDataset) and config.max_steps < 1:
-        raise ValueError("train_dataset is a stream, whose length is not known: set max_steps to the number of optimizer steps")
+        raise ValueError(
+            "train_dataset is a stream, whose length is not known: set max_steps to the number of optimizer steps"
+        )
     return table
 
 
@@ -78,7 +85,9 @@ def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig) -> dict[st
     """One evaluation set under the name "eval", or several named ones ("eval_NAME")."""
     if source is None:
         if config.eval_strategy != "no":
-            raise ValueError(f"eval_strategy={str(config.eval_strategy)!r} needs an eval_dataset: give one, or set eval_strategy='no'")
+            raise ValueError(
+                f"eval_strategy={str(config.eval_strategy)!r} needs an eval_dataset: give one, or set it to 'no'"
+            )
         return {}
     several = isinstance(source, Mapping) and not {"chosen", "chosen_ids"} & set(source)
     named = {f"eval_{key}": value for key, value in source.items()} if several else {"eval": source}
@@ -116,7 +125,7 @@ def common_layout(policy: Policy, ref_policy: Policy | None, tokenizer: Any) -> 
 
 def build_reference(policy: Policy, ref_policy: Policy | None, layout: Layout, remember: bool) -> Reference:
     """A given reference model, or what the policy starts as."""
-    embedding = base_model(policy.model).get_input_embeddings()
+    embedding = input_embedding(policy.model)
     probe = layout.collate(probe_pairs(embedding.num_embeddings)).to(embedding.weight.device)
     return find_reference(policy, ref_policy, probe, remember)
 
@@ -124,21 +133,21 @@ def build_reference(policy: Policy, ref_policy: Policy | None, layout: Layout, r
 def check_fit(policy: Policy, tables: Mapping[str, Table], tokenizer: Any, config: DPOConfig) -> dict[str, Table]:
     """The tables, after checking that the model has an embedding for every token and a position for every place."""
     model = base_model(policy.model)
-    rows = model.get_input_embeddings().num_embeddings
+    rows = input_embedding(model).num_embeddings
     checked = {name: check_vocabulary(table, rows, tokenizer) for name, table in tables.items()}
     longest = max((_longest(table) for table in tables.values() if isinstance(table, Dataset)), default=0)
     limit = learned_positions(model)
     wanted = longest if config.max_length in (None, DPOConfig.max_length) else config.max_length
     if limit is not None and wanted > limit:
         raise ValueError(
-            f"sequences of up to {wanted} tokens (max_length={config.max_length}), but {type(model).__name__} has learned positions "
-            f"for {limit}: set max_length={limit} or less"
+            f"sequences of up to {wanted} tokens (max_length={config.max_length}), but {type(model).__name__} has "
+            f"learned positions for {limit}: set max_length={limit} or less"
         )
     trained_on = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None and trained_on and longest > trained_on:
         logger.warning(
-            "the longest sequence has %d tokens, the model was trained on %d: quality beyond that is not known; rope_scaling or a "
-            "smaller max_length help",
+            "the longest sequence has %d tokens, the model was trained on %d: quality beyond that is not known; "
+            "rope_scaling or a smaller max_length help",
             longest,
             trained_on,
         )
@@ -146,7 +155,7 @@ def check_fit(policy: Policy, tables: Mapping[str, Table], tokenizer: Any, confi
 
 
 def _longest(table: Dataset) -> int:
-    columns = table.select_columns(list(ID_COLUMNS))
+    columns: Any = table.select_columns(list(ID_COLUMNS))
     return max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in columns)
 
 
@@ -155,7 +164,11 @@ def build_callbacks(callbacks: list[Any] | None, policy: Policy, tokenizer: Any,
     shown = PrinterCallback if config.disable_tqdm else ProgressCallback
     reporters = get_reporting_integration_callbacks(config.report_to)
     every = [DefaultFlowCallback, shown, RunFiles, *reporters, *(callbacks or [])]
-    return CallbackHandler(every, policy.model, tokenizer, None, None)
+    handler = CallbackHandler(every, policy.model, tokenizer, None, None)
+    for callback in handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and config.logging_dir:
+            callback.logging_dir = config.logging_dir
+    return handler
 
 
 def describe(policy: Policy, layout: Layout, reference: Reference, config: DPOConfig) -> None:
@@ -164,13 +177,17 @@ def describe(policy: Policy, layout: Layout, reference: Reference, config: DPOCo
     total = sum(p.numel() for p in policy.parameters())
     device = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else str(config.device)
     products = str(policy.autocast or next(policy.parameters()).dtype).removeprefix("torch.")
-    logger.info("model: %s, %s of %s parameters train", type(base_model(policy.model)).__name__, f"{trained:,}", f"{total:,}")
+    logger.info(
+        "model: %s, %s of %s parameters train", type(base_model(policy.model)).__name__, f"{trained:,}", f"{total:,}"
+    )
     logger.info("device: %s, matrix products in %s, dropout %s", device, products, "on" if policy.noisy else "off")
     logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)
     logger.info("reference: %s", reference.description)
     for name, path in (*method_report(), *(backend_report() if layout.packed else [])):
         logger.info("%s: %s", name, path)
-    losses = " + ".join(f"{w:g} {n}" for n, w in zip(config.loss_type, config.loss_weights or [1] * len(config.loss_type), strict=True))
+    losses = " + ".join(
+        f"{w:g} {n}" for n, w in zip(config.loss_type, config.loss_weights or [1] * len(config.loss_type), strict=True)
+    )
     logger.info(
         "loss: %s, beta %g, learning rate %g, %d pairs an optimizer step",
         losses,

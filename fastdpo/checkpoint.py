@@ -1,6 +1,7 @@
 """What a run leaves on disk: models that plain transformers and peft load, kept to `save_total_limit`.
 
-A checkpoint holds the model, its tokenizer and the trainer's state. (Optimizer state and resuming are not part of it yet.)
+A checkpoint holds the model, its tokenizer and the trainer's state. (Optimizer state and resuming are not part of it
+yet.)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The command line: `fastdpo train`, `fastdpo doctor`, `fastdpo demo`.
 
-Every field of DPOConfig is an option of `fastdpo train`, written as `--flag`, `--flag true` or `--no_flag`, as a list of
-words, or as JSON for a dict. A YAML file given with `--config` holds the same options: its lines become arguments before
-those of the command line, so one parser reads both and the command line wins. torch and transformers load only when a
-command needs them.
+Every field of DPOConfig is an option of `fastdpo train`, written as `--flag`, `--flag true` or `--no_flag`, as a list
+of words, or as JSON for a dict. A YAML file given with `--config` holds the same options: its lines become arguments
+before those of the command line, so one parser reads both and the command line wins. torch and transformers load only
+when a command needs them.
 """
 
 import argparse
@@ -142,7 +142,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def training_parser() -> _Parser:
-    """The options of `fastdpo train`: inputs, then DPOConfig's by topic. Those that do not work are understood, not listed."""
+    """The options of `fastdpo train`: inputs, then DPOConfig's by topic; those that do not work are hidden."""
     from fastdpo.config import DPOConfig
     from fastdpo.verdicts import VERDICTS
 

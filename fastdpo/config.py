@@ -111,7 +111,7 @@ class DPOConfig(TrainingArguments):
     # Model
     model_revision: str = _option("main", "Branch, tag or commit of the model to load.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model or its tokenizer.")
-    dtype: str = _option("auto", "Dtype of weights that do not train")
+    dtype: str = _option("auto", "Dtype of weights that do not train; auto is the one that computes")
     attn_implementation: str | None = _option(None, "Attention for models that cannot take packed pairs.")
     model_init_kwargs: dict | str | None = _option(None, "More arguments for from_pretrained, as JSON.")
     rope_scaling: dict | str | None = _option(None, "RoPE scaling for lengths beyond the learned ones, as JSON.")
@@ -233,7 +233,7 @@ class DPOConfig(TrainingArguments):
         self._join_checkpointing()
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and _gpu_has_bf16()
-        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available():
+        if self.bf16 and not torch.accelerator.is_available():
             self.use_cpu = True  # transformers wants it said; the machine has nothing else
         if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.logging_steps
@@ -306,9 +306,8 @@ class DPOConfig(TrainingArguments):
                 raise ValueError(
                     f"loss_type {name!r} is not available yet in this version; there are {', '.join(LOSSES)}."
                 )
-            raise ValueError(
-                f"unknown loss {name!r}{nearest(name, [*LOSSES, *LATER_LOSSES])}; there are {', '.join(LOSSES)}."
-            )
+            guess = nearest(name, [*LOSSES, *LATER_LOSSES])
+            raise ValueError(f"unknown loss {name!r}, there are {', '.join(LOSSES)}{guess}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} numbers, loss_type {len(self.loss_type)} names: give one "
@@ -354,6 +353,8 @@ class DPOConfig(TrainingArguments):
                 "gradient_checkpointing_kwargs use_reentrant=True is not supported: packed attention needs the other "
                 "kind; set it to False."
             )
+        if self.logging_dir and not {"tensorboard", "all"} & set(self.report_to or ()):
+            raise ValueError("logging_dir is where TensorBoard writes: add report_to='tensorboard', or leave it out.")
         if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
             raise ValueError(
                 "fp16=True needs a GPU, as its loss scaling is for GPU arithmetic: leave it out, or set bf16=True."
@@ -410,6 +411,9 @@ class DPOConfig(TrainingArguments):
     @classmethod
     def from_arguments(cls, arguments: TrainingArguments) -> "DPOConfig":
         """The config of a run: a DPOConfig as it is, or TRL's or transformers' arguments with each value as given."""
+        if not isinstance(arguments, TrainingArguments):
+            kind = type(arguments).__name__
+            raise ValueError(f"args is a {kind}; give a DPOConfig, TRL's DPOConfig or transformers' TrainingArguments.")
         config = arguments if isinstance(arguments, cls) else cls(**_given_options(arguments, _defaults(cls)))
         for line in config.differences_from_trl():
             logger.info(line)

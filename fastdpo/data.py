@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
 
 __all__ = [
+    "ID_COLUMNS",
     "TokenPair",
     "check_vocabulary",
     "load_rows",
@@ -334,12 +335,13 @@ def tokenize_pairs(
     first = next(iter(rows.with_format(None)), None)
     if first is None:
         raise ValueError(f"The {name} dataset is empty: it has no rows.")
-    check_columns(list(first), name)
+    columns = rows.column_names or list(first)  # a generator's are known by its first row only
+    check_columns(columns, name)
     limits = Limits(config.max_length, config.max_prompt_length, config.max_completion_length, config.truncation_mode)
     encoder = _Encoder(tokenizer, limits, name, _leading_special_ids(tokenizer))
     encoder({column: [value] for column, value in first.items()}, [0])  # a wrong format fails here, not in a process
     if isinstance(rows, IterableDataset):
-        options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": list(first)}
+        options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
         counted = {"encoder": encoder, "tally": Counter()}
         return rows.with_format(None).map(_encode_and_count, fn_kwargs=counted, features=_id_features(), **options)
     return _tokenize_table(rows.with_format(None), encoder, config)
@@ -403,9 +405,7 @@ def _summary(tally: Counter[Any]) -> str:
         f"{tally[EQUAL]} with chosen equal to rejected"
     )
     if tally["moved"]:
-        text += (
-            f"; in {tally['moved']} the last prompt tokens count as answer, as they change when one follows"
-        )
+        text += f"; in {tally['moved']} the last prompt tokens count as answer, as they change when one follows"
     return text
 
 
@@ -430,10 +430,10 @@ def _id_features(**more: str) -> Features:
 
 
 def _fingerprint(rows: Dataset, encoder: _Encoder) -> str:
-    """Name of the tokenized table in the cache: everything it depends on, this file included.
+    """Name of the tokenized table in the cache: everything it depends on, our own code included.
 
-    The library's own would leave out this file's text (functions of a package are hashed by name) and change with the
-    state that a fast tokenizer keeps between calls.
+    The library's own would leave that out (functions of a package are hashed by name) and change with the state that
+    a fast tokenizer keeps between calls.
     """
     tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -441,6 +441,7 @@ def _fingerprint(rows: Dataset, encoder: _Encoder) -> str:
     template = json.dumps(tokenizer.chat_template) if tokenizer.chat_template is not None else ""
     state = (rows._fingerprint, type(tokenizer).__name__, words, template, tokenizer.eos_token_id, encoder.prefix)
     versions = (transformers.__version__, tokenizers.__version__, datasets.__version__)
-    digest = blake2b(Path(__file__).read_bytes(), digest_size=16)
-    digest.update(repr((state, versions, encoder.limits, encoder.name)).encode())
+    digest = blake2b(repr((state, versions, encoder.limits, encoder.name)).encode(), digest_size=16)
+    for source in ("data.py", "rows.py"):
+        digest.update(Path(__file__).with_name(source).read_bytes())
     return digest.hexdigest()

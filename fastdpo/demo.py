@@ -25,8 +25,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 import fastdpo
 
 PAIRS_FILE = Path(__file__).with_name("demo_pairs.jsonl")
-HELD_OUT = 48  # the last rows of the file
-NEW_SUBJECTS = 24  # the last of those: their subjects occur in no training row
 LEARNED = 0.9
 BETA = 0.1
 WARM_UP_BATCH = 16
@@ -78,14 +76,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_pairs(limit: int | None = None) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, the first `limit` of them, and the held-out rows."""
+def load_pairs(split: str) -> list[Row]:
+    """The rows of one split: "train" for DPO, "text" read in the warm-up only, "test" held out from both."""
     with PAIRS_FILE.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
-    train_rows, held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
-    if limit is not None and not 0 < limit <= len(train_rows):
-        raise ValueError(f"--pairs is {limit}; give a number from 1 to {len(train_rows)}, or leave it out for all.")
-    return train_rows[:limit], held_out
+    return [row for row in rows if row["split"] == split]
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -133,7 +128,9 @@ def warm_up_texts(rows: list[Row]) -> list[str]:
     for row in rows:
         by_subject.setdefault(row["subject"], []).append(row)
     return [
-        row["prompt"] + random.choice(by_subject[row["subject"]])[side] for row in rows for side in ("chosen", "rejected")
+        row["prompt"] + random.choice(by_subject[row["subject"]])[side]
+        for row in rows
+        for side in ("chosen", "rejected")
     ]
 
 
@@ -239,7 +236,11 @@ def introduce(train_rows: list[Row], held_out: list[Row], model: PreTrainedModel
     print(f"   data   {len(train_rows)} training pairs, {len(held_out)} held out ({NEW_SUBJECTS} about new subjects)")
     print(f"   model  Llama with random weights, {model.num_parameters() / 1e6:.1f} million parameters")
     row = train_rows[0]
-    for name, text in (("prompt", row["prompt"].splitlines()[0]), ("chosen", row["chosen"]), ("rejected", row["rejected"])):
+    for name, text in (
+        ("prompt", row["prompt"].splitlines()[0]),
+        ("chosen", row["chosen"]),
+        ("rejected", row["rejected"]),
+    ):
         print(textwrap.fill(text.strip(), 100, initial_indent=f"   {name:<10}", subsequent_indent=" " * 13))
 
 
@@ -261,7 +262,9 @@ def conclude(accuracy: float, output_dir: Path, seconds: float) -> int:
     print(f"\n   curves of loss, margin and accuracy: {output_dir / 'curves.png'}")
     print(f"   the trained adapter: {output_dir}")
     print("   next, a model and pairs of your own (one row a line: prompt, chosen, rejected):")
-    print("     fastdpo train --model Qwen/Qwen2.5-0.5B-Instruct --train_dataset pairs.jsonl --output_dir out --use_peft")
+    print(
+        "     fastdpo train --model Qwen/Qwen2.5-0.5B-Instruct --train_dataset pairs.jsonl --output_dir out --use_peft"
+    )
     learned = accuracy >= LEARNED
     verdict = f"at least {LEARNED}: learned" if learned else f"below {LEARNED}: it did not learn"
     print(f"\nHeld-out reward accuracy {accuracy:.2f}, {verdict} ({seconds:.0f} s in all)")

@@ -1,8 +1,9 @@
 """Which layout a model takes, proven and not listed.
 
-Many families accept a custom attention function and silently do without it: ALiBi, attention classes of their own, dropped keyword
-arguments, recurrent layers. So two small pairs go through the model itself and through both layouts before training. Packed runs
-where every layer called our attention and the log-probs are the model's own; padded, with the reason said, where they are not.
+Many families accept a custom attention function and silently do without it: ALiBi, attention classes of their own,
+dropped keyword arguments, recurrent layers. So two small pairs go through the model itself and through both layouts
+before training. Packed runs where every layer called our attention and the log-probs are the model's own; padded, with
+the reason said, where they are not.
 
 Legend: P pairs, T tokens.
 """
@@ -21,10 +22,12 @@ from torch import Tensor
 from fastdpo.attention import CannotPack, packed_calls
 from fastdpo.batch import PreferenceBatch, pack, pad
 from fastdpo.data import TokenPair
-from fastdpo.model import Policy, base_model
+from fastdpo.model import Policy, backbone, base_model
 
-# Rounding of two right computations of a logit, relative to the largest one. A wrong mask moves log-probs by 1e-3 and more.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# Rounding of two right computations of a logit, relative to the largest one. A wrong mask moves log-probs by 1e-3 and
+# more.
+# fp64 as fp32: many families compute norms, rotations or softmax in fp32 whatever their weights.
+ROUNDING = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Layout:
 def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
     """Tries both layouts on two pairs; the model's mode, attention and random state are as before afterwards.
 
-    Raises ValueError where even the padded layout does not give the model's own log-probs, or where tokens see later ones.
+    Raises ValueError where even the padded layout does not give the model's own log-probs, or where tokens see later
+    ones.
     """
     model = base_model(policy.model)
     pairs = probe_pairs(model.get_input_embeddings().num_embeddings)
@@ -60,6 +64,10 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
                 reason = _why_not_packed(policy, pack(pairs), expected, tolerance)
             except CannotPack as refusal:
                 reason = str(refusal)
+            except (
+                Exception
+            ) as error:  # any code may stumble over our keywords and the missing mask: that is the answer
+                reason = f"{type(model).__name__} fails on a packed batch: {type(error).__name__}: {error}"
     finally:
         policy.train(training)
     return Layout(not reason, reason or "every attention layer takes packed segments", pad_token_id)
@@ -73,7 +81,9 @@ def probe_pairs(vocabulary: int) -> list[TokenPair]:
 
 
 def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, float]:
-    """(N,) log-probs by the model's own forward, one sequence at a time, and how far another right computation may be."""
+    """(N,) log-probs by the model's own forward, one sequence at a time, and how far another right computation may
+    be.
+    """
     model = base_model(policy.model)
     device = model.get_input_embeddings().weight.device
     values, largest = [], 1.0
@@ -81,22 +91,25 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, fl
         for pair in pairs:
             for response in (pair.chosen, pair.rejected):
                 tokens = torch.tensor([[*pair.prompt, *response]], device=device)
-                logits = policy.model(input_ids=tokens, use_cache=False).logits[0].float()
+                logits = policy.model(input_ids=tokens, use_cache=False).logits[0]
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 _check_causal(policy, tokens, logits)
                 largest = max(largest, float(logits.abs().max()))
                 first = len(pair.prompt)
                 values.append(logits[first - 1 : -1].log_softmax(-1).gather(1, tokens[0, first:, None])[:, 0])
-    precision = policy.autocast or min((p.dtype for p in policy.parameters() if p.is_floating_point()), key=lambda d: d.itemsize)
+    precision = policy.autocast or min(
+        (p.dtype for p in policy.parameters() if p.is_floating_point()), key=lambda d: d.itemsize
+    )
     return torch.cat(values), ROUNDING[precision] * largest
 
 
 def _check_causal(policy: Policy, tokens: Tensor, logits: Tensor) -> None:
     changed = tokens.clone()
     changed[0, -1] = (changed[0, -1] + 1) % logits.shape[-1]
-    again = policy.model(input_ids=changed, use_cache=False).logits[0].float()
+    again = policy.model(input_ids=changed, use_cache=False).logits[0].to(logits.dtype)
     if not torch.allclose(again[:-1], logits[:-1], rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
         raise ValueError(
-            f"{type(base_model(policy.model)).__name__} lets a token see later ones (an encoder, or a config with is_decoder=False): "
+            f"{type(base_model(policy.model)).__name__} lets a token see later ones (is it an encoder?): "
             "preference training needs a causal, decoder-only language model"
         )
 
@@ -105,24 +118,41 @@ def _check_padded(policy: Policy, batch: PreferenceBatch, expected: Tensor, tole
     error = _error(policy, batch, expected)
     if not error <= tolerance:
         raise ValueError(
-            f"the log-probs that fastdpo computes for {type(base_model(policy.model)).__name__} differ from the model's own by "
-            f"{error:.1e}, more than rounding ({tolerance:.0e}): its head or padding has a form that is not supported yet"
+            f"the log-probs that fastdpo computes for {type(base_model(policy.model)).__name__} differ from the model's "
+            f"own by {error:.1e}, more than rounding ({tolerance:.0e}): its head or padding has a form that is not "
+            "supported yet"
         )
 
 
 def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float) -> str:
     model = base_model(policy.model)
-    parameters: dict[str, Any] = dict(inspect.signature(model.base_model.forward).parameters)
+    parameters: dict[str, Any] = dict(inspect.signature(backbone(model).forward).parameters)
     if "position_ids" not in parameters:
         return f"{type(model).__name__} takes no position ids"
     with packed_calls() as calls:
         error = _error(policy, batch, expected)
-    layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    layers, windows = config.num_hidden_layers, _declared_windows(config)
     if calls.count != layers:
-        return f"{calls.count} of {layers} layers of {type(model).__name__} attend through transformers' attention interface"
+        return (
+            f"{calls.count} of {layers} layers of {type(model).__name__} take part in transformers' attention interface"
+        )
+    if calls.windows != windows:  # the pairs are shorter than a real window, so log-probs would not show it
+        return (
+            f"{type(model).__name__} has windows or chunks {windows}, its attention function was given {calls.windows}"
+        )
     if not error <= tolerance:
         return f"packed log-probs of {type(model).__name__} differ from the model's own by {error:.1e}"
     return ""
+
+
+def _declared_windows(config: Any) -> list[int]:
+    """How far back each layer sees that does not see everything."""
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    if kinds := getattr(config, "layer_types", None):
+        limits = {"sliding_attention": window, "chunked_attention": chunk}
+        return [limits[kind] for kind in kinds if kind in limits]
+    return [window] * config.num_hidden_layers if window else []
 
 
 def _error(policy: Policy, batch: PreferenceBatch, expected: Tensor) -> float:

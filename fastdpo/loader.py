@@ -1,6 +1,7 @@
 """Optimizer batches from tokenized tables: which rows a step sees, and how they group into micro-batches.
 
-One item of a loader is everything that one optimizer step computes, as a list of PreferenceBatches. Workers do the collation.
+One item of a loader is everything that one optimizer step computes, as a list of PreferenceBatches. Workers do the
+collation.
 """
 
 from __future__ import annotations
@@ -39,14 +40,16 @@ class Collate:
 
 
 class EpochSampler(Sampler[int]):
-    """The rows of one epoch in the order that `train_sampling_strategy` asks for; the same for the same seed and epoch."""
+    """The rows of one epoch in the order that `train_sampling_strategy` asks for; the same for the same seed and
+    epoch.
+    """
 
     def __init__(self, table: Dataset, strategy: str, batch_pairs: int, seed: int) -> None:
         self.rows, self.strategy, self.batch_pairs, self.seed = len(table), strategy, batch_pairs, seed
         self.epoch = 0
         self.lengths: list[int] = []
         if strategy == "group_by_length":
-            columns = table.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+            columns: Any = table.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
             self.lengths = [sum(map(len, row.values())) for row in columns]
 
     def __len__(self) -> int:
@@ -62,7 +65,9 @@ class EpochSampler(Sampler[int]):
 
 
 def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig) -> DataLoader:
-    """Optimizer batches of per_device_train_batch_size * gradient_accumulation_steps pairs; the last one may be smaller."""
+    """Optimizer batches of per_device_train_batch_size * gradient_accumulation_steps pairs; the last one may be
+    smaller.
+    """
     pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
     sampler = None
     if isinstance(table, Dataset):
@@ -79,7 +84,12 @@ def eval_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOCon
 
 
 def _loader(
-    table: Dataset | IterableDataset, sampler: EpochSampler | None, pairs: int, collate: Collate, config: DPOConfig, drop: bool
+    table: Dataset | IterableDataset,
+    sampler: EpochSampler | None,
+    pairs: int,
+    collate: Collate,
+    config: DPOConfig,
+    drop: bool,
 ) -> DataLoader:
     return DataLoader(
         table,  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
 """Preference losses, each written once as a formula of the two log-ratios of policy to reference.
 
-`chosen` and `rejected` are log pi(y|x) - log pi_ref(y|x), summed over the response's scored tokens (or averaged, where a loss says
-`length_normalised`). `m` is the mathematics: tensors in training; symbols where derivatives, kernels and documents are made from
-the same lines. A loss's keyword arguments are fields of DPOConfig.
+`chosen` and `rejected` are log pi(y|x) - log pi_ref(y|x), summed over the response's scored tokens (or averaged, where
+a loss says `length_normalised`). `m` is the mathematics: tensors in training; symbols where derivatives, kernels and
+documents are made from the same lines. A loss's keyword arguments are fields of DPOConfig.
 """
 
 from __future__ import annotations

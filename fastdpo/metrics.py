@@ -1,6 +1,7 @@
 """Metrics: sums on the device, one read a log line, and what a run leaves in its output_dir.
 
-Names and meanings are TRL's. Pair metrics are means over the pairs since the last line, token metrics over their scored tokens.
+Names and meanings are TRL's. Pair metrics are means over the pairs since the last line, token metrics over their scored
+tokens.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ class MetricSums:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self, *extra: Tensor) -> tuple[dict[str, float], list[float]]:
-        """The one host sync of a log line: -> metrics of what was added since the last read, and the `extra` scalars."""
+        """The one host sync of a log line: -> metrics of what was added since the last read, and the `extra`
+        scalars.
+        """
         assert self.sums is not None, "nothing was added"
         values = torch.cat([self.sums, *(value.detach().double().reshape(1) for value in extra)]).tolist()
-        sums = dict(zip(SUMS, values, strict=False))
+        sums: dict[str, float] = dict(zip(SUMS, values, strict=False))
         sums["scored_tokens"] = sums["chosen_tokens"] + sums["rejected_tokens"]
         self.sums = None
         counted = [name for name in SUMS if name not in ("pairs", "chosen_tokens", "rejected_tokens")]
@@ -50,7 +53,9 @@ def _ratio(total: float, count: float) -> float:
 class RunFiles(TrainerCallback):
     """Writes each log row to output_dir/metrics.jsonl as it comes, and output_dir/curves.png when training ends."""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and state.global_step == 0:
             self._path(args).write_text("")
 
@@ -59,7 +64,9 @@ class RunFiles(TrainerCallback):
             with self._path(args).open("a") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero:
             plot_curves(state.log_history, Path(str(args.output_dir)) / "curves.png")
 
@@ -79,7 +86,9 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
     for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
         for key, style in _series(history, name):
             rows = [(row["step"], row[key]) for row in history if key in row]
-            label = "training" if key == name else key.removesuffix("_" + name) if key != f"eval_{name}" else "evaluation"
+            label = (
+                "training" if key == name else key.removesuffix("_" + name) if key != f"eval_{name}" else "evaluation"
+            )
             axes.plot(*zip(*rows, strict=True), style, label=label, markersize=4)
         axes.set(title=title, xlabel="optimizer step")
         if name == "rewards/accuracies":
@@ -91,5 +100,10 @@ def plot_curves(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def _series(history: list[dict[str, Any]], name: str) -> list[tuple[str, str]]:
-    keys = {key: None for row in history for key in row if key == name or key.startswith("eval_") and key.endswith("_" + name)}
+    keys = {
+        key: None
+        for row in history
+        for key in row
+        if key == name or key.startswith("eval_") and key.endswith("_" + name)
+    }
     return [(key, "-" if key == name else "o--") for key in sorted(keys)]

@@ -1,8 +1,8 @@
 """The model: loading, adapters, precision, and the one module that turns a PreferenceBatch into token log-probs.
 
-Hidden states come from the backbone, the LM head's weight goes to `linear_logps`; CausalLM.forward is neither copied nor patched.
-Whatever trains has fp32 master weights (at a learning rate of 1e-6 a bf16 weight hardly ever moves: its neighbours are 0.4% away),
-frozen weights keep the dtype they came in.
+Hidden states come from the backbone, the LM head's weight goes to `linear_logps`; CausalLM.forward is neither copied
+nor patched. Whatever trains has fp32 master weights (at a learning rate of 1e-6 a bf16 weight hardly ever moves: its
+neighbours are 0.4% away), frozen weights keep the dtype they came in.
 
 Legend: P pairs, R rows, T tokens in a row, N scored tokens, D hidden size, V vocabulary.
 """
@@ -10,6 +10,7 @@ Legend: P pairs, R rows, T tokens in a row, N scored tokens, D hidden size, V vo
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# Loading ----------------------------------------------------------------------------------------------------------------------
+# Loading
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def compute_dtype(config: DPOConfig) -> torch.dtype:
@@ -42,19 +44,27 @@ def compute_dtype(config: DPOConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def load_model(source: str | PreTrainedModel | PeftModel, config: DPOConfig, adapters: bool) -> PreTrainedModel | PeftModel:
-    """A name, path or loaded model -> a causal language model with a head; weights on CPU or where the given model has them.
+def load_model(
+    source: str | PreTrainedModel | PeftModel, config: DPOConfig, adapters: bool
+) -> PreTrainedModel | PeftModel:
+    """A name, path or loaded model -> a causal language model with a head; weights on CPU or where the given model has
+    them.
 
-    Raises ValueError for anything else: encoder-decoders, models without a language-model head, load options on a loaded model.
+    Raises ValueError for anything else: encoder-decoders, models without a language-model head, load options on a
+    loaded model.
     """
     if isinstance(source, str):
         return _from_pretrained(source, config, adapters)
     _refuse_load_options(source, config)
     base = base_model(source) if isinstance(source, (PreTrainedModel, PeftModel)) else None
     if not isinstance(base, PreTrainedModel):
-        raise ValueError(f"model is a {type(source).__name__}, expected a name, a path, a PreTrainedModel or a PeftModel")
+        raise ValueError(
+            f"model is a {type(source).__name__}, expected a name, a path, a PreTrainedModel or a PeftModel"
+        )
     if base.config.is_encoder_decoder:
-        raise ValueError(f"{type(base).__name__} is an encoder-decoder, which is not available yet: give a decoder-only model")
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder, which is not available yet: give a decoder-only model"
+        )
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no language-model head: load it with AutoModelForCausalLM")
     return source
@@ -65,10 +75,14 @@ def _from_pretrained(name: str, config: DPOConfig, adapters: bool) -> PreTrained
     model_config = AutoConfig.from_pretrained(name, **where)
     if model_config.is_encoder_decoder or not _is_causal(model_config):
         kind = "an encoder-decoder" if model_config.is_encoder_decoder else "not a causal language model"
-        raise ValueError(f"{name} ({model_config.model_type}) is {kind}: fastdpo trains decoder-only models with a language-model head")
-    if config.rope_scaling:
-        model_config.rope_parameters = {**(getattr(model_config, "rope_parameters", None) or {}), **config.rope_scaling}
-    options: dict[str, Any] = {"config": model_config, **where, **(config.model_init_kwargs or {})}
+        raise ValueError(
+            f"{name} ({model_config.model_type}) is {kind}: fastdpo trains decoder-only models with an LM head"
+        )
+    rope_scaling: Any = config.rope_scaling
+    if rope_scaling:
+        model_config.rope_parameters = {**(getattr(model_config, "rope_parameters", None) or {}), **rope_scaling}
+    more: Any = config.model_init_kwargs or {}
+    options: dict[str, Any] = {"config": model_config, **where, **more}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     frozen = compute_dtype(config) if config.dtype == "auto" else DTYPES[config.dtype]
@@ -91,20 +105,30 @@ def _refuse_load_options(source: Any, config: DPOConfig) -> None:
         )
 
 
-def add_adapters(model: PreTrainedModel | PeftModel, peft_config: Any, config: DPOConfig) -> PreTrainedModel | PeftModel:
-    """The model with the adapters that `peft_config` or `use_peft` asks for, adapters in fp32; the model as it is without them."""
+def add_adapters(
+    model: PreTrainedModel | PeftModel, peft_config: Any, config: DPOConfig
+) -> PreTrainedModel | PeftModel:
+    """The model with the adapters that `peft_config` or `use_peft` asks for, adapters in fp32; the model as it is
+    without them.
+    """
     if peft_config is None and not config.use_peft:
         return model
     if isinstance(model, PeftModel):
         raise ValueError(
-            "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training the adapter "
-            "that is there, or merge it first with model.merge_and_unload()"
+            "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training "
+            "the adapter that is there, or merge it first with model.merge_and_unload()"
         )
     if peft_config is not None and config.use_peft:
         raise ValueError("both peft_config and use_peft are given: leave one out")
-    adapted = get_peft_model(model, peft_config or _lora_config(config))
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )  # peft asks for it
+        adapted = get_peft_model(model, peft_config or _lora_config(config))
     if getattr(adapted.active_peft_config, "is_prompt_learning", False):
-        raise ValueError(f"{type(peft_config).__name__} adds virtual tokens, which packed pairs have no place for: use LoRA")
+        raise ValueError(
+            f"{type(peft_config).__name__} adds virtual tokens, which packed pairs have no place for: use LoRA"
+        )
     return adapted  # type: ignore[return-value]
 
 
@@ -114,7 +138,9 @@ def _lora_config(config: DPOConfig) -> LoraConfig:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
+        target_modules="all-linear"
+        if config.lora_target_modules in (None, ["all-linear"])
+        else config.lora_target_modules,
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -126,8 +152,8 @@ def prepare_precision(model: nn.Module, autocast: torch.dtype | None) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(
-            "no parameter of the model requires a gradient, so nothing would train: load the adapter with is_trainable=True, or "
-            "set requires_grad on what is to train"
+            "no parameter of the model requires a gradient, so nothing would train: load the adapter with "
+            "is_trainable=True, or set requires_grad on what is to train"
         )
     half = [parameter for parameter in trained if parameter.dtype in (torch.bfloat16, torch.float16)]
     if half:
@@ -143,9 +169,26 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The model without its LM head. Raises ValueError where it cannot be told apart."""
+    inner = model.base_model
+    if inner is model:  # Llama-4's text model gives an attribute as its backbone that it does not have
+        inner = getattr(model, "model", None)
+    if inner is None:
+        raise ValueError(
+            f"{type(model).__name__} names no backbone without its LM head: load the model's plain text class"
+        )
+    return inner
+
+
+def input_embedding(model: nn.Module) -> nn.Embedding:
+    """The token embedding, (V, D)."""
+    return base_model(model).get_input_embeddings()  # type: ignore[return-value]
+
+
 def learned_positions(model: PreTrainedModel) -> int | None:
     """How many positions a learned table has room for; None for rotary, ALiBi and the like."""
-    inputs = model.get_input_embeddings()
+    inputs = input_embedding(model)
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Embedding) and module is not inputs and (last == "wpe" or "position" in last):
@@ -153,15 +196,20 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-# Training mode ----------------------------------------------------------------------------------------------------------------
+# Training mode
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[int]:
-    """Within it, every dropout, layerdrop and router jitter of the model is 0, whatever its mode; yields how many were not."""
+    """Within it, every dropout, layerdrop and router jitter of the model is 0, whatever its mode; yields how many
+    were not.
+    """
     changed: list[tuple[Any, str, float]] = []
     for module in model.modules():
-        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else [n for n in vars(module) if _is_noise(n)]
+        names = (
+            ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else [n for n in vars(module) if _is_noise(n)]
+        )
         changed += [(module, n, v) for n in names if isinstance(v := getattr(module, n), float) and v > 0]
     try:
         for module, name, _ in changed:
@@ -180,7 +228,9 @@ def enable_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None) -> Non
     """Non-reentrant gradient checkpointing whose second run of a block sees the attention of the first."""
     base = base_model(model)
     if not base.supports_gradient_checkpointing:
-        raise ValueError(f"{type(base).__name__} does not support gradient checkpointing: set gradient_checkpointing=False")
+        raise ValueError(
+            f"{type(base).__name__} does not support gradient checkpointing: set gradient_checkpointing=False"
+        )
     options = {**(kwargs or {}), "use_reentrant": False, "context_fn": checkpoint_contexts(attention_configs(base))}
     if hasattr(base, "activation_checkpointing_enable"):  # the name of transformers since 5.2x
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
@@ -188,7 +238,8 @@ def enable_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None) -> Non
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
-# The forward ------------------------------------------------------------------------------------------------------------------
+# The forward
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -202,33 +253,40 @@ class Head:
 
 
 def output_head(model: PreTrainedModel) -> Head:
-    """The head as the model would apply it now, adapters on or off. Raises ValueError for adapters that have no such form."""
-    layer = model.get_output_embeddings()
+    """The head as the model would apply it now, adapters on or off. Raises ValueError for adapters that have no such
+    form.
+    """
+    layer: Any = model.get_output_embeddings()
     if isinstance(layer, ModulesToSaveWrapper):
         layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
-    weight, bias = (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight, getattr(layer, "bias", None)
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    weight: Tensor = base.weight
     if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
-        weight = weight + sum(_low_rank_update(layer, name) for name in layer.active_adapters)
+        for name in layer.active_adapters:
+            weight = weight + _low_rank_update(layer, name)
     text = model.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return Head(weight, bias, scale, getattr(text, "final_logit_softcapping", None))
+    return Head(weight, getattr(base, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
 
 
 def _low_rank_update(layer: Any, adapter: str) -> Tensor:
     """scaling * B A, (V, D): an adapter on the head is part of its weight."""
-    plain = type(layer) is LoraLinear and not layer.use_dora.get(adapter) and not layer.lora_bias.get(adapter)
-    if not plain or isinstance(layer.lora_dropout[adapter], nn.Dropout) and layer.lora_dropout[adapter].p > 0:
+    plain: bool = type(layer) is LoraLinear and not layer.use_dora.get(adapter) and not layer.lora_bias.get(adapter)
+    dropout: Any = layer.lora_dropout[adapter]
+    if not plain or isinstance(dropout, nn.Dropout) and dropout.p > 0:
         raise ValueError(
-            f"the adapter {adapter!r} on the LM head ({type(layer).__name__}) is not a plain LoRA without dropout, DoRA or bias: "
-            "leave the head out of target_modules, or list it in modules_to_save"
+            f"the adapter {adapter!r} on the LM head ({type(layer).__name__}) is not a plain LoRA without "
+            "dropout, DoRA or bias: leave the head out of target_modules, or list it in modules_to_save"
         )
-    return layer.scaling[adapter] * (layer.lora_B[adapter].weight @ layer.lora_A[adapter].weight)
+    factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
+    return layer.scaling[adapter] * (factors[0].weight @ factors[1].weight)
 
 
 class Policy(nn.Module):
     """The one module that the engine wraps: a PreferenceBatch in, token log-probs out; backbone and head inside.
 
-    `autocast` is the dtype of matrix products, None for the weights' own. `noisy` says that dropout is on in training mode.
+    `autocast` is the dtype of matrix products, None for the weights' own. `noisy` says that dropout is on in training
+    mode.
     """
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, noisy: bool = False) -> None:
@@ -255,7 +313,6 @@ class Policy(nn.Module):
 
     def hidden_rows(self, batch: PreferenceBatch) -> Tensor:
         """(N, D): final hidden states of the rows that predict a response token, and of no others."""
-        backbone = base_model(self.model).base_model
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         attention: AbstractContextManager[None] = nullcontext()
         if batch.segments is None:
@@ -264,5 +321,5 @@ class Policy(nn.Module):
             inputs |= {"position_ids": batch.position_ids, "segments": batch.segments}
             attention = packed_attention(self.configs)
         with attention:
-            hidden = backbone(**inputs).last_hidden_state
+            hidden = backbone(base_model(self.model))(**inputs).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.logit_rows)

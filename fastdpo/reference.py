@@ -1,8 +1,11 @@
 """Where reference log-probs come from, and the memory that keeps them from being computed twice.
 
-Chosen once, before the loop: the policy's own base with the adapters off, a frozen copy of the adapter that training started from,
-a second model, or a frozen copy of the whole policy. The pass takes the same code path and arithmetic as the policy's, so before the
-first update every margin is exactly 0. The reference does not change during a run, so its log-probs are remembered by row: epochs
+Chosen once, before the loop: the policy's own base with the adapters off, a frozen copy of the adapter that training
+started from,
+a second model, or a frozen copy of the whole policy. The pass takes the same code path and arithmetic as the policy's,
+so before the
+first update every margin is exactly 0. The reference does not change during a run, so its log-probs are remembered by
+row: epochs
 after the first, and evaluations after the first, never run it again.
 
 Legend: P pairs.
@@ -14,6 +17,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -39,7 +43,9 @@ class Reference:
         equals_policy: bool,
         remember: bool,
     ) -> None:
-        """`policy` computes them inside `without_policy()`; `equals_policy` says whether training starts from the reference."""
+        """`policy` computes them inside `without_policy()`; `equals_policy` says whether training starts from the
+        reference.
+        """
         self.policy, self.without_policy = policy, without_policy
         self.description, self.equals_policy = description, equals_policy
         self.memory = ReferenceMemory() if remember else None
@@ -125,7 +131,7 @@ def evaluating(policy: Policy) -> Iterator[None]:
 @contextmanager
 def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
     """`name` in place of the adapter that is active."""
-    before = model.active_adapter
+    before = model.active_adapters[0]
     model.set_adapter(name)
     try:
         yield
@@ -135,12 +141,14 @@ def active_adapter(model: PeftModel, name: str) -> Iterator[None]:
 
 @torch.no_grad()
 def _adapters_change_nothing(policy: Policy, probe: PreferenceBatch) -> bool:
-    """Fresh LoRA adds exactly 0. A trained adapter, or an initialisation that moves weights into it (PiSSA, OLoRA), does not."""
+    """Fresh LoRA adds exactly 0. A trained adapter, or an initialisation that moves weights into it (PiSSA, OLoRA),
+    does not.
+    """
     training = policy.training
     policy.eval()
     try:
         with_adapters, _ = policy(probe)
-        with policy.model.disable_adapter():
+        with cast(PeftModel, policy.model).disable_adapter():
             without, _ = policy(probe)
     finally:
         policy.train(training)
@@ -151,7 +159,7 @@ def _freeze_adapter_copy(model: PeftModel) -> None:
     if len(model.active_adapters) != 1:
         raise ValueError(f"adapters {model.active_adapters} are active at once: set one with model.set_adapter(name)")
     active = model.active_adapters[0]
-    config = copy.deepcopy(model.peft_config[active])
+    config: Any = copy.deepcopy(model.peft_config[active])
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would change the base weights again

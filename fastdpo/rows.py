@@ -46,7 +46,7 @@ def _typed(row: dict[str, Any], column: str, where: str) -> str | list[dict]:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-        return [{key: without_none(v) for key, v in m.items() if v is not None or key == "content"} for m in value]
+        return without_none(value)
     raise ValueError(
         f"{where}: column {column!r} is {type_name(value)}, expected a string or a list of chat messages "
         '({"role": ..., "content": ...}).'
@@ -75,7 +75,7 @@ def split_row(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
             # the prompt repeated at the head of both conversations is still only once the prompt
             repeated = 0 < len(prompt) <= shared and chosen[: len(prompt)] == prompt
             return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if repeated else (prompt, chosen, rejected)
-        if shared > 0 and (prompt is None or chosen[shared - 1]["content"] == prompt):
+        if shared > 0 and (prompt is None or chosen[shared - 1].get("content") == prompt):
             return chosen[:shared], chosen[shared:], rejected[shared:]
         if prompt is None:
             raise ValueError(
@@ -117,7 +117,7 @@ def _in_word(character: str) -> bool:
 def says_nothing(answer: str | list[dict]) -> bool:
     if isinstance(answer, str):
         return not answer.strip()
-    contents = [message["content"] for message in answer if not set(message) - {"role", "content"}]
+    contents = [message.get("content") for message in answer if not set(message) - {"role", "content"}]
     return len(contents) == len(answer) and not any(
         content.strip() if isinstance(content, str) else content for content in contents
     )
@@ -126,7 +126,7 @@ def says_nothing(answer: str | list[dict]) -> bool:
 def given_ids(row: dict[str, Any], where: str) -> tuple[list[int], list[int], list[int]]:
     for column in ID_COLUMNS:
         ids = row[column]
-        if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
             raise ValueError(f"{where}: column {column!r} is {type_name(ids)}, expected a list of token ids (>= 0).")
     return row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
@@ -91,6 +92,7 @@ def _load_file(path: Path, what: str) -> Dataset:
             return Dataset.from_parquet(str(path))  # type: ignore[return-value]
         except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"{what} cannot be read as parquet: {error.__cause__ or error}") from error
+    csv.field_size_limit(2**31 - 1)  # its default, 128k, is less than a long document in a prompt
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, strict=True)) if suffix == ".csv" else _parse_json(file.read(), what)
@@ -139,5 +141,8 @@ def _table(columns: dict[str, list], what: str) -> Dataset:
     known = [column for column in (*TEXT_COLUMNS, *ID_COLUMNS, *OPTION_COLUMNS, *IMAGE_COLUMNS) if column in columns]
     if {"chosen", "rejected"} <= set(known) or set(ID_COLUMNS) <= set(known):
         columns = {column: columns[column] for column in known}  # the others may hold what Arrow cannot
-    # A wrong type in one row then stays visible as such, and is reported with its row when that is read.
-    return Dataset.from_dict(columns, on_mixed_types="use_json")
+    try:
+        # A wrong type in one row stays visible as such, and is reported with its row when that is read.
+        return Dataset.from_dict(columns, on_mixed_types="use_json")
+    except (pa.ArrowException, UnicodeEncodeError) as error:  # lone surrogates are no text
+        raise ValueError(f"{what} cannot be made a table: {error}.") from error

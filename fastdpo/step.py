@@ -1,4 +1,5 @@
-"""One micro-batch: token log-probs of the policy, log-probs of the reference, loss and metrics. The method on one screen.
+"""One micro-batch: token log-probs of the policy, log-probs of the reference, loss and metrics. The method on one
+screen.
 
 Nothing here waits for the device: metrics leave as one vector of sums.
 
@@ -18,7 +19,7 @@ from fastdpo_kernels.pair_loss import LossTerm, PairLoss, pair_loss, sequence_su
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 # What the vector of sums holds, in order; metrics.py divides each by its count.
-SUMS = (
+SUMS: tuple[str, ...] = (
     "pairs",
     "loss",
     "rewards/chosen",
@@ -56,7 +57,9 @@ class PreferenceStep:
     def _sums(self, result: PairLoss, stats: dict[str, Tensor], batch: PreferenceBatch) -> Tensor:
         rewards = self.beta * result.log_ratios
         margins = rewards[:, 0] - rewards[:, 1]
-        per_pair = torch.stack([torch.ones_like(margins), result.losses.detach(), *rewards.unbind(1), margins > 0, margins], 1)
+        per_pair = torch.stack(
+            [torch.ones_like(margins), result.losses.detach(), *rewards.unbind(1), margins > 0, margins], 1
+        )
         tokens = torch.stack([torch.ones_like(stats["entropy"]), *(stats[name] for name in TOKEN_STATS)], 1)
         chosen, rejected = sequence_sums(tokens, batch.cu_seqlens).view(-1, 2, 4).double().sum(0)
         by_token = [chosen[0], rejected[0], chosen[1] + rejected[1], chosen[2], rejected[2], chosen[3]]

@@ -1,10 +1,12 @@
 """The trainer: build everything once, then a loop without branches on kinds.
 
-    rows -> TokenPair -> PreferenceBatch -> token log-probs -> pair losses -> backward, optimizer step, one line in the log
+    rows -> TokenPair -> PreferenceBatch -> token log-probs -> pair losses -> backward, optimizer step, one line in the
+    log
 
-The optimizer sees exactly `per_device_train_batch_size * gradient_accumulation_steps` pairs a step. They are computed in
-micro-batches, each loss normalised by the step's own number of pairs, so gradients do not depend on the split. Accelerate carries
-device placement; transformers' callback handler, state and control decide when to log, evaluate, save and stop.
+The optimizer sees exactly `per_device_train_batch_size * gradient_accumulation_steps` pairs a step. They are computed
+in micro-batches, each loss normalised by the step's own number of pairs, so gradients do not depend on the split.
+Accelerate carries device placement; transformers' callback handler, state and control decide when to log, evaluate,
+save and stop.
 """
 
 from __future__ import annotations
@@ -33,19 +35,26 @@ from fastdpo.config import DPOConfig
 from fastdpo.loader import eval_loader, train_loader
 from fastdpo.losses import loss_terms
 from fastdpo.metrics import MetricSums
-from fastdpo.model import Policy, without_dropout
+from fastdpo.model import without_dropout
 from fastdpo.step import PreferenceStep
 from fastdpo_kernels.pair_loss import PairLoss
 
 logger = logging.getLogger(__name__)
 
-NO_WEIGHT_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as transformers' Trainer has it
+NO_WEIGHT_DECAY = (
+    r"bias",
+    r"layernorm",
+    r"rmsnorm",
+    r"(?:^|\.)norm(?:$|\.)",
+    r"_norm(?:$|\.)",
+)  # as transformers' Trainer has it
 
 
 class DPOTrainer:
     """Trains `model` from preference pairs.
 
-    model, ref_model: a name, a path, or a loaded PreTrainedModel or PeftModel. Without ref_model the reference is the model as it
+    model, ref_model: a name, a path, or a loaded PreTrainedModel or PeftModel. Without ref_model the reference is the
+    model as it
     is given: its base with the adapters off, or a frozen copy.
     args: a DPOConfig (TRL's DPOConfig and TrainingArguments are converted).
     train_dataset, eval_dataset: whatever `fastdpo.data.load_rows` takes; eval_dataset may also map names to such.
@@ -70,8 +79,8 @@ class DPOTrainer:
     ) -> None:
         if tokenizer is not None and processing_class is not None:
             raise ValueError("processing_class and tokenizer are two names for one argument: give one of them")
-        self.args = args = DPOConfig.from_arguments(DPOConfig() if args is None else args)
         _log_to_stderr(args)
+        self.args = args = DPOConfig.from_arguments(DPOConfig() if args is None else args)
         args.validate()
         build.check_models(model, ref_model, args, peft_config)
         args.check_output_dir()
@@ -113,7 +122,8 @@ class DPOTrainer:
         """The reference's own model; None where it is the policy with its adapters switched."""
         return None if self.reference.policy is self.policy else self.reference.policy.model
 
-    # Training -----------------------------------------------------------------------------------------------------------------
+    # Training
+    # -----------------------------------------------------------------------------------------------------------------
 
     def train(self) -> TrainOutput:
         """Trains from the start; -> transformers' TrainOutput (global_step, training_loss, metrics)."""
@@ -126,13 +136,15 @@ class DPOTrainer:
         loader = train_loader(self.train_dataset, self.layout, args)
         steps, epochs = _length_of_run(loader, args)
         self._build_optimizer(steps)
-        self.state = TrainerState(max_steps=steps, num_train_epochs=math.ceil(epochs), train_batch_size=args.train_batch_size)
+        self.state = TrainerState(
+            max_steps=steps, num_train_epochs=math.ceil(epochs), train_batch_size=args.train_batch_size
+        )
         self.state.is_world_process_zero = self.accelerator.is_main_process
         self.state.is_local_process_zero = self.accelerator.is_local_main_process
         self.state.compute_steps(args, steps)
         self.control = TrainerControl()
         self._running = _Running(step=self._preference_step())
-        handler = self.callback_handler
+        handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
         with without_dropout(self.model) if args.disable_dropout else nullcontext():
@@ -164,7 +176,9 @@ class DPOTrainer:
                 if self.control.should_epoch_stop or self.control.should_training_stop:
                     break
             if count == 0:
-                raise ValueError("train_dataset gave no batch: it is empty, or smaller than one batch with dataloader_drop_last=True")
+                raise ValueError(
+                    "train_dataset gave no batch: it is empty, or smaller than one batch with dataloader_drop_last=True"
+                )
             self.control = handler.on_epoch_end(args, self.state, self.control)
             self._log_evaluate_save()
             epoch += 1
@@ -197,8 +211,9 @@ class DPOTrainer:
             torch.cuda.empty_cache()
 
     def _check_first_margins(self, result: PairLoss) -> None:
-        """Policy and reference start equal, so every log-ratio of the first micro-batch must be 0: the one check that catches a
-        wrong reference, a wrong mask and a wrong mode at once."""
+        """Policy and reference start equal, so every log-ratio of the first micro-batch must be 0: the one check
+        that catches a wrong reference, a wrong mask and a wrong mode at once.
+        """
         self._running.checked = True
         if not self.reference.equals_policy or self.policy.noisy:
             return
@@ -209,8 +224,8 @@ class DPOTrainer:
         scale = float(result.logps.abs().max())
         if largest > 0.05 * scale or self.policy.autocast is None and largest > 1e-4 * scale:
             raise RuntimeError(
-                f"before the first update the policy's margin to its own reference is {largest:.2e}, and must be 0: something changes "
-                "the model between two forward passes (a hook, a dropout that is not a module, a cache); find it before training"
+                f"before the first update the policy's margin to its own reference is {largest:.2e}, must be 0: "
+                "something changes the model between two forward passes (a hook, a cache, noise); find it before training"
             )
         logger.warning("first margins: up to %.1e instead of 0, the noise of this model's kernels", largest)
 
@@ -221,7 +236,9 @@ class DPOTrainer:
             self.evaluate()
         if self.control.should_save:
             limit = self.args.save_total_limit
-            checkpoint.save_checkpoint(self.model, self.processing_class, self.state, Path(str(self.args.output_dir)), limit)
+            checkpoint.save_checkpoint(
+                self.model, self.processing_class, self.state, Path(str(self.args.output_dir)), limit
+            )
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _read_metrics(self) -> dict[str, float]:
@@ -229,7 +246,11 @@ class DPOTrainer:
         norm = [] if running.grad_norm is None else [running.grad_norm]
         metrics, extra = running.sums.read(*norm)
         running.logged(metrics.pop("loss"), self.state.global_step)
-        row = {"loss": running.window_loss, **dict(zip(["grad_norm"], extra, strict=False)), "learning_rate": running.learning_rate}
+        row = {
+            "loss": running.window_loss,
+            **dict(zip(["grad_norm"], extra, strict=False)),
+            "learning_rate": running.learning_rate,
+        }
         return {**row, **metrics, "num_tokens": running.tokens}
 
     def _finish(self, seconds: float) -> TrainOutput:
@@ -248,12 +269,15 @@ class DPOTrainer:
         self.control = self.callback_handler.on_train_end(args, state, self.control)
         return TrainOutput(state.global_step, metrics["train_loss"], state.log_history[-1])
 
-    # Evaluation ---------------------------------------------------------------------------------------------------------------
+    # Evaluation
+    # ---------------------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Metrics of the evaluation sets, or of another dataset; logged, and returned under "eval_..." names."""
         if eval_dataset is not None:
-            rows = build.build_table(eval_dataset, self.processing_class, self.args, metric_key_prefix, self.args.dataset_test_split)
+            rows = build.build_table(
+                eval_dataset, self.processing_class, self.args, metric_key_prefix, self.args.dataset_test_split
+            )
             tables = {metric_key_prefix: rows}
         else:
             tables = self.eval_dataset
@@ -277,12 +301,13 @@ class DPOTrainer:
         loader = eval_loader(table, self.layout, self.args)
         training = self.policy.training
         self.policy.eval()
-        self.callback_handler.eval_dataloader = loader
+        handler: Any = self.callback_handler
+        handler.eval_dataloader = loader
         with torch.no_grad():
             for batch in (batch for batches in loader for batch in batches):
                 sums.add(step(batch.to(self.args.device, non_blocking=True))[1])
                 pairs, count = pairs + batch.num_pairs, count + 1
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                self.control = handler.on_prediction_step(self.args, self.state, self.control)
         self.policy.train(training)
         metrics, _ = sums.read()
         seconds = time.time() - started
@@ -296,7 +321,9 @@ class DPOTrainer:
             return
         key = _best_key(args)
         if key not in metrics:
-            raise ValueError(f"metric_for_best_model={args.metric_for_best_model!r} is not among what evaluation gives: {sorted(metrics)}")
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model!r} is not what evaluation gives: {sorted(metrics)}"
+            )
         value, best = metrics[key], state.best_metric
         better = best is None or (value > best if args.greater_is_better else value < best)
         if better:
@@ -304,7 +331,8 @@ class DPOTrainer:
         if args.save_strategy == SaveStrategy.BEST:
             self.control.should_save = better
 
-    # Around the loop ----------------------------------------------------------------------------------------------------------
+    # Around the loop
+    # ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float]) -> None:
         """Adds a row to the history and hands it to the callbacks."""
@@ -314,7 +342,9 @@ class DPOTrainer:
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, {**logs, **epoch})
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Writes what AutoModelForCausalLM.from_pretrained (adapters: PeftModel.from_pretrained) loads, tokenizer included."""
+        """Writes what AutoModelForCausalLM.from_pretrained (adapters: PeftModel.from_pretrained) loads, tokenizer
+        included.
+        """
         checkpoint.save_model(self.model, self.processing_class, Path(str(output_dir or self.args.output_dir)))
 
     def add_callback(self, callback: Any) -> None:
@@ -327,7 +357,8 @@ class DPOTrainer:
         return PreferenceStep(self.policy, self.reference, self.terms, self.args.beta)
 
     def _start_engine(self) -> None:
-        """Accelerate's state is one a process and another trainer may have reset it, so each run takes its own hold of it.
+        """Accelerate's state is one a process and another trainer may have reset it, so each run takes its own hold of
+        it.
 
         Autocast and loss scaling are ours, not Accelerate's: its precision is fixed once a process.
         """
@@ -384,7 +415,9 @@ def _length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
     if isinstance(loader.dataset, IterableDataset):
         return args.max_steps, 1
     if not len(loader):
-        raise ValueError("train_dataset is smaller than one batch, and dataloader_drop_last=True drops it: set it to False")
+        raise ValueError(
+            "train_dataset is smaller than one batch, and dataloader_drop_last=True drops it: set it to False"
+        )
     if args.max_steps > 0:
         return args.max_steps, args.max_steps / len(loader)
     return math.ceil(args.num_train_epochs * len(loader)), args.num_train_epochs
@@ -402,12 +435,12 @@ def _best_key(args: DPOConfig) -> str:
     return name if name.startswith("eval_") else f"eval_{name}"
 
 
-def _log_to_stderr(args: DPOConfig) -> None:
+def _log_to_stderr(args: Any) -> None:
     """Plain lines on stderr, unless the program has set up logging of its own."""
     package = logging.getLogger("fastdpo")
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
-    if args.log_level != "passive":
+    if getattr(args, "log_level", "passive") != "passive":
         package.setLevel(args.get_process_log_level())
     if not package.handlers and not logging.getLogger().handlers:
         package.addHandler(logging.StreamHandler())
@@ -436,7 +469,8 @@ def train(
     tokenizer: Any = None,
     **options: Any,
 ) -> TrainResult:
-    """Trains `model` from preference pairs and saves it into `output_dir`; arguments as DPOTrainer's, options any DPOConfig field.
+    """Trains `model` from preference pairs and saves it into `output_dir`; arguments as DPOTrainer's, options any
+    DPOConfig field.
 
         out = fastdpo.train("Qwen/Qwen2.5-0.5B-Instruct", "pairs.jsonl", use_peft=True, output_dir="better")
         out.model; out.metrics; out.history

@@ -45,7 +45,7 @@ _WORKS = {
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor",
     "optimizer and schedule": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim "
     "optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm",
-    "precision and device": "bf16 fp16 bf16_full_eval fp16_full_eval tf32 use_cpu",
+    "precision and device": "bf16 fp16 tf32 use_cpu",
     "reproducibility": "seed data_seed full_determinism",
     "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end "
     "metric_for_best_model greater_is_better",
@@ -96,6 +96,8 @@ _NOT_YET = {
         "this change of the loss",
         "leave it at its default",
     ): "rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting discopop_tau router_aux_loss_coef",
+    ("evaluating in another precision", "set bf16=True or fp16=True, which evaluation follows"): "bf16_full_eval "
+    "fp16_full_eval",
     ("embedding noise", "leave it off"): "neftune_noise_alpha",
     ("finding the batch size", "set max_tokens_per_microbatch, which changes no result"): "auto_find_batch_size",
     ("offloading activations", "set gradient_checkpointing=True"): "activation_offloading",

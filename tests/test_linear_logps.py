@@ -1,11 +1,14 @@
-"""linear_logps: against fp64 truth, with every gradient, in bounded memory. Legend: N tokens, D hidden size, V vocabulary."""
+"""linear_logps: against fp64 truth, with every gradient, in bounded memory. Legend: N tokens, D hidden size, V
+vocabulary.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from fastdpo_kernels.linear_logps import STATS, linear_logps, linear_logps_reference
 from torch import Tensor
+
+from fastdpo_kernels.linear_logps import STATS, linear_logps, linear_logps_reference
 
 N, D, V = 37, 16, 101
 OPTIONS = {
@@ -16,7 +19,9 @@ OPTIONS = {
 }
 
 
-def inputs(dtype: torch.dtype = torch.float64, rows: int = N, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    dtype: torch.dtype = torch.float64, rows: int = N, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).mul(factor).to(dtype)
@@ -84,18 +89,24 @@ def test_errors_are_at_most_twice_torchs_and_log_probs_never_positive(dtype: tor
     rows = weight[targets]
     hidden = (hidden + peak * rows / rows.square().sum(1, keepdim=True)).to(dtype)
     weight, bias = weight.to(dtype), bias.to(dtype)
-    truth, truth_grad = _values_and_gradient(linear_logps_reference, *(t.double() for t in (hidden, weight)), targets, bias.double())
+    truth, truth_grad = _values_and_gradient(
+        linear_logps_reference, *(t.double() for t in (hidden, weight)), targets, bias.double()
+    )
     plain, plain_grad = _values_and_gradient(linear_logps_reference, hidden, weight, targets, bias)
     ours, ours_grad = _values_and_gradient(linear_logps, hidden, weight, targets, bias)
     assert ours.max() <= 0
     for mine, torchs, exact in ((ours, plain, truth), (ours_grad, plain_grad, truth_grad)):
         error, allowed = (mine.double() - exact).abs(), (torchs.double() - exact).abs()
-        floor = torch.finfo(torch.promote_types(dtype, torch.float32) if mine is ours else dtype).eps * exact.abs().max()
+        floor = (
+            torch.finfo(torch.promote_types(dtype, torch.float32) if mine is ours else dtype).eps * exact.abs().max()
+        )
         assert error.max() <= 2 * allowed.max() + floor
         assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt() + floor
 
 
-def _values_and_gradient(function, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _values_and_gradient(
+    function, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     hidden = hidden.clone().requires_grad_()
     logps, _ = function(hidden, weight, targets, bias)
     upstream = torch.linspace(-1, 1, len(targets), dtype=logps.dtype)

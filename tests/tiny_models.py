@@ -1,7 +1,7 @@
 """Tiny random models of many families, and which layout each of them takes.
 
-Every weight is drawn anew and large: biases are not zero, norms are not one, attention sinks are not zero, and attention is far from
-uniform, so that a wrong mask or a forgotten bias moves log-probs by much more than rounding.
+Every weight is drawn anew and large: biases are not zero, norms are not one, attention sinks are not zero, and
+attention is far from uniform, so that a wrong mask or a forgotten bias moves log-probs by much more than rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from fastdpo.data import TokenPair
 
 VOCABULARY = 97
-WINDOW = 6  # shorter than most sequences of `ragged_pairs`
+WINDOW = 6  # shorter than most sequences of RAGGED
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -31,7 +31,6 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "use_cache": True,
 }
 GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 48}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -46,8 +45,14 @@ class Family:
     why_padded: str = ""
 
 
-NO_INTERFACE = "0 of 2 layers"  # attention computed by a class of its own: nothing calls the custom function
-SOME_LAYERS = "1 of 2 layers"  # the other one is no attention
+# Reasons, as the layout says them.
+OWN_ATTENTION = "0 of 2 layers"  # nothing calls the custom function
+NO_ATTENTION = "1 of 2 layers"  # the other layer is a convolution or a recurrence
+NO_POSITIONS = "takes no position ids"  # ALiBi
+NEEDS_MASK = "fails on a packed batch"  # computes attention itself and adds a mask that is not made
+NO_KEYWORDS = "does not hand keyword arguments on"
+SINKS = "adds sinks"
+WINDOW_IN_MASK = "has windows or chunks"  # only its mask knows them
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
@@ -55,32 +60,108 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("qwen3", {"head_dim": 8}),
     "mistral-window": Family("mistral", {"sliding_window": WINDOW}),
     "gemma": Family("gemma", {"head_dim": 8}),
-    "gemma2": Family("gemma2", {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3": Family("gemma3_text", {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma2": Family(
+        "gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "phi3": Family("phi3", {"sliding_window": WINDOW}),
     "phi-head-bias": Family("phi"),
     "gpt2": Family("gpt2", GPT2_SIZES),
     "opt": Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16}),
     "gpt-neox": Family("gpt_neox", {"rotary_pct": 0.5}),
-    "granite": Family("granite", {"logits_scaling": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.5}),
+    "granite": Family(
+        "granite",
+        {"logits_scaling": 0.5, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.5},
+    ),
     "cohere": Family("cohere", {"logit_scale": 0.5}),
-    "cohere2": Family("cohere2", {"logit_scale": 0.5, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}),
+    "cohere2": Family(
+        "cohere2",
+        {"logit_scale": 0.5, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "olmo2": Family("olmo2"),
     "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2-moe": Family("qwen2_moe", {**EXPERTS, "shared_expert_intermediate_size": 16}),
     "qwen3-moe": Family("qwen3_moe", {**EXPERTS, "head_dim": 8}),
-    "stablelm": Family("stablelm"),
+    "deepseek-v3-mla": Family(
+        "deepseek_v3",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+        },
+    ),
+    "stablelm": Family("stablelm", {}, NO_KEYWORDS),
     "smollm3": Family("smollm3"),
     "glm4": Family("glm4", {"head_dim": 8}),
     "starcoder2": Family("starcoder2", {"sliding_window": WINDOW}),
-    "falcon-rotary": Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}),
-    "falcon-alibi": Family("falcon", {"alibi": True, "multi_query": False}),
-    "bloom": Family("bloom", {"n_layer": 2, "n_head": 4}),
-    "mpt": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}),
-    "gptj": Family("gptj", {**GPT2_SIZES, "rotary_dim": 4}),
-    "gpt-oss-sinks": Family("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
-    "lfm2-conv": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
-    "qwen3-next-hybrid": Family("qwen3_next", {**EXPERTS, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}),
+    "falcon-rotary": Family(
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False}, NEEDS_MASK
+    ),
+    "falcon-alibi": Family("falcon", {"alibi": True, "multi_query": False}, NEEDS_MASK),
+    "bloom": Family("bloom", {"n_layer": 2, "n_head": 4}, NO_POSITIONS),
+    "mpt": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}, NO_POSITIONS),
+    "gptj": Family("gptj", {**GPT2_SIZES, "rotary_dim": 4}, OWN_ATTENTION),
+    "gpt-oss-sinks": Family(
+        "gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}, SINKS
+    ),
+    "lfm2-conv": Family("lfm2", {"layer_types": ["conv", "full_attention"]}, NO_ATTENTION),
+    "qwen3-next-hybrid": Family(
+        "qwen3_next",
+        {
+            **EXPERTS,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "shared_expert_intermediate_size": 16,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        NO_ATTENTION,
+    ),
+    "qwen2-moe-window": Family(
+        "qwen2_moe",
+        {
+            **EXPERTS,
+            "shared_expert_intermediate_size": 16,
+            "use_sliding_window": True,
+            "sliding_window": 14,
+            "max_window_layers": 2,
+        },
+        WINDOW_IN_MASK,
+    ),
+    "phimoe-window": Family(
+        "phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 14}, WINDOW_IN_MASK
+    ),
+    "llama4-chunks": Family(
+        "llama4_text",
+        {"head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 14},
+        WINDOW_IN_MASK,
+    ),
 }
 
 
@@ -88,7 +169,9 @@ def tiny_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
     """The family's model on CPU in evaluation mode; `changes` go into its config."""
     family = FAMILIES[name]
     config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.config, **changes})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # transformers before 5.2x runs Gemma-2 by an sdpa that leaves the softcap out
+    attention = {"attn_implementation": "eager"} if family.model_type == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,8 +187,12 @@ def random_pairs(*lengths: tuple[int, int, int], seed: int = 0) -> list[TokenPai
     return [TokenPair(*map(tokens, pair)) for pair in lengths]
 
 
+# Prompts of one token and of none, answers of one token, of one scored token and of none.
+RAGGED = random_pairs((7, 5, 9), (1, 11, 2), (20, 1, 1), (0, 4, 1), (0, 2, 8), (3, 1, 6))
+
+
 def plain_logps(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> Tensor:
-    """(N,) token log-probs the plain way: the model's own logits, one sequence at a time. The order is that of a batch's targets."""
+    """(N,) token log-probs by the model's own logits, one sequence at a time, in the order of a batch's targets."""
     values = []
     for pair in pairs:
         for response in (pair.chosen, pair.rejected):
@@ -114,6 +201,18 @@ def plain_logps(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> Tensor:
             first = max(len(pair.prompt), 1)  # nothing predicts the first token of all
             values.append(log_probs[first - 1 : -1].gather(1, tokens[0, first:, None])[:, 0])
     return torch.cat(values)
+
+
+def gradient_error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest difference, each relative to its tensor's largest entry.
+
+    No tensor is taken for smaller than 1% of the largest of all: the gradient of a key bias without rotary positions
+    is 0 but for rounding, because the softmax does not see it.
+    """
+    assert actual.keys() == expected.keys()
+    floor = 0.01 * max(float(value.abs().max()) for value in expected.values())
+    errors = [(actual[n] - e).abs().max() / e.abs().max().clamp_min(floor) for n, e in expected.items()]
+    return float(torch.stack(errors).max())
 
 
 def gradients(logps: Tensor, model: torch.nn.Module) -> dict[str, Tensor]:

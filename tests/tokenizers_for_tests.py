@@ -1,9 +1,14 @@
-"""Small tokenizers made here, without a network: byte-level BPE and a sentencepiece-like one, with and without BOS."""
+"""Small tokenizers made here, without a network, rows for them, and the way from rows to token pairs."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from fastdpo.data import TokenPair, load_rows, tokenize_pairs
 
 TEXT = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. Human: what is the answer? "
@@ -19,6 +24,25 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if no_thinking %}<think></think>{% endif %}{% endif %}"
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<unk>"]
+
+
+PLAIN = {"prompt": "Human: Hello\n\nAssistant:", "chosen": " I am well.", "rejected": " Go away!"}
+USER, GOOD, BAD = (
+    {"role": role, "content": text}
+    for role, text in (("user", "Hello?"), ("assistant", "I am well."), ("assistant", "Go away!"))
+)
+CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
+
+
+def config(**options: Any) -> Any:
+    defaults = {"max_length": None, "max_prompt_length": None, "max_completion_length": None}
+    more = {"truncation_mode": "keep_end", "dataset_num_proc": None, "disable_tqdm": True}
+    return SimpleNamespace(**{**defaults, **more, **options})
+
+
+def pairs_of(source: Any, tokenizer: Any, **options: Any) -> list[TokenPair]:
+    table = tokenize_pairs(load_rows(source, "train", "train"), tokenizer, config(**options), "train")
+    return [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in table]
 
 
 def byte_level(adds_bos: bool = False, adds_eos: bool = False, template: str | None = CHATML, **special: str | None):
@@ -56,3 +80,6 @@ def _wrap(
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **given)
     wrapped.chat_template = template
     return wrapped
+
+
+TOKENIZERS = (byte_level, lambda: byte_level(adds_bos=True), metaspace)

@@ -1,18 +1,23 @@
 """Token log-probabilities of a language-model head without its logits.
 
-    z_n = softcap * tanh(logit_scale * (W h_n + b) / softcap) / temperature        logp_n = z_n[y_n] - log sum_v exp z_n[v]
+    z_n = softcap * tanh(logit_scale * (W h_n + b) / softcap) / temperature
+    logp_n = z_n[y_n] - log sum_v exp z_n[v]
 
-The (N, V) logits never exist: rows go through in chunks of at most `workspace_bytes` (2.1 GB in bf16 at N=8192, V=128256).
+The (N, V) logits never exist: rows go through in chunks of at most `workspace_bytes` (2.1 GB in bf16 at N=8192,
+V=128256).
 
-With a frozen head, d logp_n / d h_n = W[y_n] - sum_v p_nv W_v needs nothing from the loss, so the forward computes it while it
-has a chunk's logits in hand and the backward is one scale by row: two head products, where recomputing takes three. A head that
-trains recomputes its chunks in the backward, accumulating d W in fp32.
+With a frozen head, d logp_n / d h_n = W[y_n] - sum_v p_nv W_v needs nothing from the loss, so the forward computes it
+while it has a chunk's logits in hand and the backward is one scale by row: two head products, where recomputing takes
+three. A head that trains recomputes its chunks in the backward, accumulating d W in fp32.
 
 Legend: N scored tokens, D hidden size, V vocabulary, C rows of a chunk.
 
-Numerics: products in the dtype of `hidden` (the autocast dtype under autocast); log-sum-exp, statistics and results in fp32 (fp64
-for fp64 input). The target's logit is an fp32 dot of h_n with W[y_n], and that value also stands in the target's column before
-the log-sum-exp: with rounded logits a token of probability near 1 would otherwise get a positive log-prob. Deterministic.
+Numerics: products in the dtype of `hidden` (the autocast dtype under autocast); log-sum-exp, statistics and results in
+fp32 (fp64
+for fp64 input). The target's logit is an fp32 dot of h_n with W[y_n], and that value also stands in the target's column
+before
+the log-sum-exp: with rounded logits a token of probability near 1 would otherwise get a positive log-prob.
+Deterministic.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ from torch.autograd.function import once_differentiable
 
 STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 METHODS = ("auto", "torch")
-# 64 MiB of logits: a chunk of 512 rows at V=32k in fp32 keeps both products of a chunk compute-bound on CPUs, and the trunk's
+# 64 MiB of logits: a chunk of 512 rows at V=32k in fp32 keeps both products of a chunk compute-bound on CPUs, and the
+# trunk's
 # activations of the same rows are larger.
 DEFAULT_WORKSPACE_BYTES = 64 * 2**20
 
@@ -65,11 +71,12 @@ def linear_logps(
     method: str = "auto",
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probabilities (N,) of `targets` and, for each name in `stats`, a (N,) tensor of the same dtype without gradient.
+    """Log-probabilities (N,) of `targets` and, for each name in `stats`, a (N,) tensor of the same dtype without
+    gradient.
 
-    `entropy` of the token distribution in nats, `mean_logit` over the vocabulary, `is_top1` (1.0 where the target is the first
-    most likely token), `log_sum_sq_probs` = log sum_v p_v^2 (WPO, arXiv:2406.11827).
-    Differentiable in hidden, weight and bias, each where it requires a gradient. Results are fp32 (fp64 for fp64 input).
+    `entropy` of the token distribution in nats, `mean_logit` over the vocabulary, `is_top1` (1.0 where the target is
+    the first most likely token), `log_sum_sq_probs` = log sum_v p_v^2 (WPO, arXiv:2406.11827). Differentiable in
+    hidden, weight and bias, each where it requires a gradient. Results are fp32 (fp64 for fp64 input).
 
     Raises ValueError for shapes that do not fit, an unknown statistic or method.
     """
@@ -97,7 +104,9 @@ def linear_logps_reference(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The specification: materialises the logits, autograd does its backward. Tests and benchmarks compare with this."""
+    """The specification: materialises the logits, autograd does its backward. Tests and benchmarks compare with
+    this.
+    """
     logits = torch.nn.functional.linear(hidden, weight, bias) * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -118,7 +127,7 @@ def _check(
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
-            f"targets is {tuple(targets.shape)} {targets.dtype}, expected ({hidden.shape[0]},) torch.int64: one token id per row"
+            f"targets is {tuple(targets.shape)} {targets.dtype}, expected ({hidden.shape[0]},) torch.int64"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)}, expected ({weight.shape[0]},): one entry per vocabulary row")
@@ -151,7 +160,9 @@ class _LinearLogps(torch.autograd.Function):
         if len(ctx.saved_tensors) == 1:
             (jacobian,) = ctx.saved_tensors
             return jacobian * grad_logps[:, None].to(jacobian.dtype), None, None, None, None
-        return *_backward_trained(*ctx.saved_tensors, grad_logps, ctx.options, ctx.needs_input_grad), None, None
+        hidden, weight, bias, targets = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        return *_backward_trained(hidden, weight, bias, targets, grad_logps, ctx.options, needs), None, None
 
 
 def _rows_per_chunk(weight: Tensor, options: HeadOptions) -> int:
@@ -165,7 +176,9 @@ def _chunk_logits(
     targets: Tensor,  # (C,)
     options: HeadOptions,
 ) -> tuple[Tensor, Tensor | None]:
-    """-> logits z (C, V) in the accumulation dtype with the target's column exact, and d z / d (W h + b) where it is not constant."""
+    """-> logits z (C, V) in the accumulation dtype with the target's column exact, and d z / d (W h + b) where it is
+    not constant.
+    """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     logits = torch.mm(hidden, weight.T).to(exact)
     target_logits = (hidden.to(exact) * weight.index_select(0, targets).to(exact)).sum(-1)

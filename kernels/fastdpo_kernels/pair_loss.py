@@ -1,9 +1,10 @@
 """Preference losses of all pairs of a batch, from their token log-probs.
 
-    s = sum of a sequence's token log-probs      a = s - s_ref, the log-ratio of policy to reference      loss_i = sum_k w_k f_k(a_c, a_r)
+    s = sum of a sequence's token log-probs      a = s - s_ref, the log-ratio of policy to reference
+    loss_i = sum_k w_k f_k(a_chosen, a_rejected)
 
-Sequences come in the order chosen_0, rejected_0, chosen_1, rejected_1, ... so that a pair is two neighbours. A term's formula f is
-handed its mathematics, so the same declaration serves tensors here and symbols elsewhere.
+Sequences come in the order chosen_0, rejected_0, chosen_1, rejected_1, ... so that a pair is two neighbours. A term's
+formula f is handed its mathematics, so the same declaration serves tensors here and symbols elsewhere.
 
 Legend: N scored tokens, P pairs. All in the dtype of `token_logps` (fp32).
 """
@@ -42,7 +43,9 @@ class PairLoss:
 
 
 def sequence_sums(token_logps: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(N,) token values and (S + 1,) offsets -> (S,) sums; a sequence without tokens sums to 0. No host sync, deterministic."""
+    """(N,) token values and (S + 1,) offsets -> (S,) sums; a sequence without tokens sums to 0. No host sync,
+    deterministic.
+    """
     return torch.segment_reduce(token_logps, "sum", lengths=cu_seqlens.diff().long(), unsafe=True, initial=0)
 
 

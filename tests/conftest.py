@@ -1,0 +1,81 @@
+"""Fixtures: a tiny tokenizer, a tiny Llama and a few rows, all made here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tokenizers_for_tests
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+torch.set_num_threads(1)  # threads cost more than they bring at these sizes
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Each test starts from one seed, and leaves fastdpo's logger as it was."""
+    torch.manual_seed(0)
+    package = logging.getLogger("fastdpo")
+    level = package.level
+    yield
+    package.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizers_for_tests.byte_level()
+
+
+def tiny_llama(vocabulary: int = 500, **changes: Any) -> LlamaForCausalLM:
+    """Two layers, 35k parameters, weights large enough that its numbers move."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    defaults = {"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **{**shape, **defaults, **changes}))
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def rows() -> list[dict[str, str]]:
+    """24 rows of ragged lengths; the chosen answer praises, the rejected one scolds."""
+    good = ["a good question, thank you", "I would like to help you with that", "you are welcome"]
+    bad = ["the dog does not mind", "it is a question for somebody else", "lazy"]
+    return [
+        {
+            "prompt": f"Human: what is the answer number {n}? " + "tell me more " * (n % 5) + "Assistant:",
+            "chosen": f" {good[n % 3]}" + " and the best" * (n % 4),
+            "rejected": f" {bad[n % 3]}" + " at all" * (n % 3),
+        }
+        for n in range(24)
+    ]
+
+
+@pytest.fixture
+def quick(tmp_path: Any) -> dict[str, Any]:
+    """Options of a short run."""
+    return {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 4,
+        "per_device_train_batch_size": 6,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }

@@ -1,0 +1,465 @@
+"""The trainer end to end on tiny models: what comes out, what is exact, what is left as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+
+import fastdpo
+from fastdpo.batch import pack
+from fastdpo.data import TokenPair
+
+EVERY_LINEAR = LoraConfig(r=4, target_modules="all-linear")
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# What comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_train_learns_the_preference_and_returns_model_metrics_and_history(model, rows, tokenizer, quick) -> None:
+    quick |= {"max_steps": 30, "learning_rate": 3e-3}
+    out = fastdpo.train(model, rows[:18], eval_dataset=rows[18:], tokenizer=tokenizer, eval_strategy="epoch", **quick)
+    assert out.model is model and not model.training
+    assert out.metrics["eval_rewards/accuracies"] == 1.0 and out.metrics["eval_loss"] < 0.3
+    losses = [row["loss"] for row in out.history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[-1] < 0.3
+    expected = {"loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "entropy", "mean_token_accuracy"}
+    expected |= {f"{kind}/{side}" for kind in ("rewards", "logps", "logits") for side in ("chosen", "rejected")}
+    assert set(out.history[0]) == expected | {"rewards/accuracies", "rewards/margins"}
+    assert {"train_loss", "train_runtime"} <= set(out.history[-1])
+    assert out.metrics["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
+
+
+def test_the_run_leaves_its_log_its_curves_and_a_model_that_transformers_loads(model, rows, tokenizer, quick) -> None:
+    out = fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+    directory = Path(quick["output_dir"])
+    assert [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()] == out.history
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    loaded = AutoModelForCausalLM.from_pretrained(directory)
+    for name, value in state(out.model).items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_adapters_are_saved_alone_and_peft_loads_them_onto_the_base(rows, tokenizer, quick) -> None:
+    out = fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, peft_config=EVERY_LINEAR, **quick)
+    loaded = PeftModel.from_pretrained(tiny_llama(), quick["output_dir"]).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(loaded(ids).logits, out.model(ids).logits)
+    assert not torch.equal(tiny_llama().eval()(ids).logits, out.model(ids).logits)
+
+
+def test_a_model_by_path_with_lora_fields_trains(model, rows, tokenizer, quick, tmp_path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = fastdpo.train(str(tmp_path / "model"), str(tmp_path / "pairs.jsonl"), use_peft=True, lora_r=2, **quick)
+    assert out.model.peft_config["default"].r == 2
+    assert out.trainer.args.learning_rate == quick["learning_rate"]
+
+
+@pytest.mark.parametrize(("adapters", "expected"), [(False, 1e-6), (True, 2e-5)], ids=["full", "adapters"])
+def test_an_unset_learning_rate_depends_on_what_trains(adapters, expected, model, rows, tokenizer, quick) -> None:
+    del quick["learning_rate"]
+    quick["use_peft"] = adapters
+    trainer = fastdpo.DPOTrainer(model, args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer)
+    assert trainer.args.learning_rate == expected
+
+
+def test_the_trainer_has_the_methods_and_results_that_scripts_use(model, rows, tokenizer, quick, tmp_path) -> None:
+    trainer = fastdpo.DPOTrainer(
+        model=model,
+        args=fastdpo.DPOConfig(**quick),
+        train_dataset=DatasetDict(train=Dataset.from_list(rows)),
+        eval_dataset=rows[:4],
+        processing_class=tokenizer,
+    )
+    result = trainer.train()
+    assert result.global_step == 4 and result.training_loss == result.metrics["train_loss"]
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_loss"] < math.log(2) and trainer.state.log_history[-1]["eval_loss"] == evaluated["eval_loss"]
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere").num_parameters() == model.num_parameters()
+
+
+# What is exact ----------------------------------------------------------------------------------------------------
+
+
+def _adapted(init: Any, trained: bool = False) -> PeftModel:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=init)
+    adapted = get_peft_model(tiny_llama(), config)
+    if trained:
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+    return adapted
+
+
+STARTS = {
+    "full": lambda: (tiny_llama(), {}),
+    "lora": lambda: (tiny_llama(), {"peft_config": EVERY_LINEAR}),
+    "checkpointing": lambda: (tiny_llama(), {"gradient_checkpointing": True, "peft_config": EVERY_LINEAR}),
+    "pissa": lambda: (
+        tiny_llama(),
+        {"peft_config": LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")},
+    ),
+    "trained adapter": lambda: (_adapted(True, trained=True), {}),
+    "bfloat16 full": lambda: (tiny_llama().bfloat16(), {"bf16": True, "use_cpu": True}),
+    "bfloat16 lora": lambda: (tiny_llama().bfloat16(), {"bf16": True, "use_cpu": True, "peft_config": EVERY_LINEAR}),
+}
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_before_the_first_update_every_margin_is_bitwise_zero(start, rows, tokenizer, quick) -> None:
+    model, options = start()
+    peft_config = options.pop("peft_config", None)
+    quick |= {"max_steps": 1, **options}
+    out = fastdpo.train(model, rows, processing_class=tokenizer, peft_config=peft_config, **quick)
+    first = out.history[0]
+    assert first["rewards/margins"] == 0 and first["rewards/chosen"] == 0 and first["rewards/accuracies"] == 0
+    assert abs(first["loss"] - math.log(2)) <= 1e-6 and first["grad_norm"] > 0
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run_at_the_first_step(rows, tokenizer, quick) -> None:
+    """Remembers the reference run with its adapters on, whose loss is right and whose reward is that of nothing."""
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
+    )
+    with torch.no_grad():
+        next(trainer.reference.policy.parameters()).mul_(1.5)
+    with pytest.raises(RuntimeError, match="must be 0"):
+        trainer.train()
+
+
+def _step_gradients(rows: list, tokenizer: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """Gradients of the first optimizer step, before the update."""
+    seen: dict[str, torch.Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    fastdpo.train(
+        tiny_llama(),
+        rows,
+        processing_class=tokenizer,
+        callbacks=[Keep()],
+        train_sampling_strategy="sequential",
+        **options,
+    )
+    return seen
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
+def test_gradients_do_not_depend_on_how_the_optimizer_batch_is_split(loss, rows, tokenizer, quick) -> None:
+    quick |= {"max_steps": 1, "loss_type": loss}
+    splits = [(12, 1, None), (4, 3, None), (1, 12, None), (12, 1, 60), (12, 1, 200)]
+    whole, *others = [
+        _step_gradients(
+            rows,
+            tokenizer,
+            **quick
+            | {
+                "per_device_train_batch_size": pairs,
+                "gradient_accumulation_steps": count,
+                "max_tokens_per_microbatch": tokens,
+            },
+        )
+        for pairs, count, tokens in splits
+    ]
+    for split in others:
+        for name, gradient in whole.items():
+            assert (split[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def test_the_last_smaller_optimizer_batch_is_a_mean_over_its_own_pairs(rows, tokenizer, quick) -> None:
+    quick |= {"max_steps": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 10}
+    whole = _step_gradients(rows[:6], tokenizer, **quick)
+    expected = _step_gradients(
+        rows[:6], tokenizer, **quick | {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
+    )
+    for name, gradient in expected.items():
+        assert (whole[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+def test_twenty_adamw_steps_at_1e_6_move_nearly_every_entry_of_a_bfloat16_model(rows, tokenizer, quick) -> None:
+    model = tiny_llama().bfloat16()
+    before = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    quick |= {"max_steps": 20, "learning_rate": 1e-6, "lr_scheduler_type": "constant"}
+    out = fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+    seen = {token for row in rows for text in row.values() for token in tokenizer(text).input_ids}
+    moved = total = 0
+    for name, parameter in out.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        changed = parameter != before[name]
+        changed = changed[sorted(seen)] if "embed_tokens" in name else changed  # the other rows get no gradient
+        moved, total = moved + int(changed.sum()), total + changed.numel()
+    assert moved > 0.99 * total
+
+
+def test_trained_adapters_of_a_bfloat16_model_are_fp32_and_its_base_stays(rows, tokenizer, quick) -> None:
+    quick |= {"bf16": True, "use_cpu": True}
+    out = fastdpo.train(tiny_llama().bfloat16(), rows, processing_class=tokenizer, peft_config=EVERY_LINEAR, **quick)
+    assert {p.dtype for p in out.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in out.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_the_same_seed_gives_bitwise_the_same_run_and_workers_change_nothing(rows, tokenizer, quick) -> None:
+    runs = []
+    for workers in (0, 0, 2):
+        out = fastdpo.train(
+            tiny_llama(),
+            rows,
+            processing_class=tokenizer,
+            **quick | {"max_steps": 6, "dataloader_num_workers": workers},
+        )
+        runs.append(
+            (state(out.model), [{k: v for k, v in row.items() if "runtime" not in k} for row in out.history[:-1]])
+        )
+    for other, history in runs[1:]:
+        assert history == runs[0][1]
+        assert all(torch.equal(value, other[name]) for name, value in runs[0][0].items())
+
+
+def test_two_trainers_of_different_precision_live_in_one_process(rows, tokenizer, quick) -> None:
+    def build(**options: Any) -> fastdpo.DPOTrainer:
+        config = fastdpo.DPOConfig(**quick | options)
+        return fastdpo.DPOTrainer(tiny_llama(), args=config, train_dataset=rows, processing_class=tokenizer)
+
+    alone = build().train().training_loss
+    plain, half = build(), build(bf16=True, use_cpu=True)
+    half_loss, plain_loss = half.train().training_loss, plain.train().training_loss
+    assert plain_loss == alone and half_loss != alone and half_loss == pytest.approx(alone, abs=0.02)
+    assert plain.evaluate(rows[:3])["eval_loss"] < math.log(2)
+
+
+# What is computed -------------------------------------------------------------------------------------------------
+
+
+def test_no_prompt_row_reaches_the_head_and_each_reference_row_is_computed_once(tokenizer, quick) -> None:
+    """The FLOPs of a whole run of three epochs within 5% of the count by formula."""
+    V, D, I, layers, rank, epochs = 2000, 64, 128, 2, 4, 3  # noqa: N806, E741 (legend: vocabulary, hidden, MLP)
+    lengths = [(40, 9, 5), (60, 3, 8), (25, 12, 12), (33, 1, 7)]
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda count: torch.randint(3, 500, (count,), generator=generator).tolist()  # noqa: E731
+    rows = [{"prompt_ids": draw(p), "chosen_ids": draw(c), "rejected_ids": draw(r)} for p, c, r in lengths]
+    model = tiny_llama(V, hidden_size=D, intermediate_size=I, num_hidden_layers=layers)
+    quick |= {
+        "max_steps": -1,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 2,
+        "use_peft": True,
+        "lora_r": rank,
+    }
+    trainer = fastdpo.DPOTrainer(model, args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer)
+    with FlopCounterMode(display=False) as counter:
+        trainer.train()
+
+    attention_in = D * D + 2 * D * D // 2  # q, k, v with half as many key heads
+    trunk = layers * (attention_in + D * D + 3 * D * I)
+    low_rank_in = rank * (3 * D + 2 * D)  # A and B of q, k, v
+    low_rank = layers * (low_rank_in + rank * 2 * D + 3 * rank * (D + I))
+    tokens, scored = sum(map(sum, lengths)), sum(c + r for _, c, r in lengths)
+    # nothing below the first layer's q, k, v trains, so their inputs need no gradient
+    policy = 2 * tokens * (2 * trunk - attention_in + 3 * low_rank - rank * 3 * D)
+    head = 2 * scored * V * D
+    expected = epochs * (policy + 2 * head) + (2 * tokens * trunk + head)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
+    prompt_rows = (2 * epochs + 1) * 2 * (tokens - scored) * V * D
+    again = (epochs - 1) * (2 * tokens * trunk + head)
+    assert prompt_rows > 0.5 * expected and again > 0.2 * expected  # either mistake would show
+
+
+def test_evaluations_after_the_first_run_no_reference(rows, tokenizer, quick) -> None:
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+    )
+    calls = []
+    compute = trainer.reference.compute
+    trainer.reference.compute = lambda batch: calls.append(batch.num_pairs) or compute(batch)
+    first = trainer.evaluate()
+    assert sum(calls) == len(rows)
+    assert first["eval_loss"] == pytest.approx(math.log(2), abs=1e-6) and first["eval_rewards/margins"] == 0
+    trainer.train()
+    trainer.evaluate()
+    assert sum(calls) == len(rows)
+
+
+# What is left as it was -------------------------------------------------------------------------------------------
+
+
+def test_generation_inside_callbacks_and_afterwards_is_the_models_own(rows, tokenizer, quick) -> None:
+    texts = ["Human: what is the answer?", "Human: tell me more about the dog Assistant:"]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    seen = []
+
+    def sample(model: Any) -> torch.Tensor:
+        mode = model.training
+        tokens = model.eval().generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        model.train(mode)
+        return tokens
+
+    class Sampling(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            untouched = tiny_llama()
+            untouched.load_state_dict(model.state_dict())
+            seen.append(torch.equal(sample(model), sample(untouched)))
+
+    model = tiny_llama()
+    attention = model.config._attn_implementation
+    out = fastdpo.train(model, rows, processing_class=tokenizer, callbacks=[Sampling()], **quick)
+    untouched = tiny_llama()
+    untouched.load_state_dict(out.model.state_dict())
+    assert seen == [True] * 4 and torch.equal(sample(out.model), sample(untouched))
+    assert out.model.config._attn_implementation == attention == "sdpa"
+
+
+def test_dropout_is_off_while_training_and_back_afterwards(rows, tokenizer, quick) -> None:
+    model = tiny_llama(attention_dropout=0.3)
+    config = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.2)
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            layer = model.base_model.model.model.layers[0].self_attn
+            seen.append((layer.attention_dropout, layer.q_proj.lora_dropout["default"].p))
+
+    out = fastdpo.train(model, rows, processing_class=tokenizer, peft_config=config, callbacks=[Look()], **quick)
+    layer = out.model.base_model.model.model.layers[0].self_attn
+    assert set(seen) == {(0.0, 0.0)}
+    assert (layer.attention_dropout, layer.q_proj.lora_dropout["default"].p) == (0.3, 0.2)
+
+
+def test_a_frozen_copy_of_a_trained_adapter_does_not_stay_in_the_model(rows, tokenizer, quick) -> None:
+    out = fastdpo.train(_adapted(True, trained=True), rows, processing_class=tokenizer, **quick)
+    assert list(out.model.peft_config) == ["default"]
+    assert not any("reference" in name for name in out.model.state_dict())
+    assert sorted(p.name for p in Path(quick["output_dir"]).iterdir() if p.is_dir()) == []
+
+
+# Logging, evaluation, saving --------------------------------------------------------------------------------------
+
+
+def test_transformers_state_decides_when_to_log_evaluate_and_save(rows, tokenizer, quick) -> None:
+    quick |= {"logging_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6, "save_total_limit": 2}
+    out = fastdpo.train(
+        tiny_llama(),
+        rows,
+        {"a": rows[:4], "b": rows[4:9]},
+        processing_class=tokenizer,
+        eval_strategy="steps",
+        eval_steps=3,
+        **quick,
+    )
+    assert [row["step"] for row in out.history if "loss" in row] == [2, 4, 6]
+    assert [row["step"] for row in out.history if "eval_a_loss" in row and "eval_b_loss" in row] == [3, 6]
+    kept = sorted(p.name for p in Path(quick["output_dir"]).glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-6"]
+    AutoModelForCausalLM.from_pretrained(Path(quick["output_dir"]) / "checkpoint-6")
+
+
+def test_early_stopping_stops_and_the_best_model_comes_back(rows, tokenizer, quick) -> None:
+    swapped = [{"prompt": r["prompt"], "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows]
+    quick |= {"max_steps": 20, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    out = fastdpo.train(
+        tiny_llama(),
+        rows,
+        swapped,  # gets worse with every step
+        processing_class=tokenizer,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        **quick,
+    )
+    assert out.trainer.state.global_step == 3
+    best = AutoModelForCausalLM.from_pretrained(Path(quick["output_dir"]) / "checkpoint-1").state_dict()
+    assert all(torch.equal(value, best[name]) for name, value in out.model.state_dict().items())
+
+
+def test_a_stream_trains_for_max_steps_and_shows_each_row_in_order(rows, tokenizer, quick) -> None:
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    streamed = fastdpo.train(tiny_llama(), stream, processing_class=tokenizer, **quick)
+    listed = fastdpo.train(
+        tiny_llama(), rows, processing_class=tokenizer, train_sampling_strategy="sequential", **quick
+    )
+    for ours, theirs in zip(streamed.history[:-1], listed.history[:-1], strict=True):
+        assert ours["loss"] == theirs["loss"] and ours["logps/chosen"] == theirs["logps/chosen"]
+
+
+def test_the_run_says_what_it_resolved_to(rows, tokenizer, quick, caplog) -> None:
+    with caplog.at_level(logging.INFO, logger="fastdpo"):
+        fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, **quick)
+    for part in (
+        "layout: packed",
+        "reference: a frozen copy",
+        "loss: 1 sigmoid",
+        "all exactly 0",
+        "linear_logps: torch",
+    ):
+        assert part in caplog.text, part
+
+
+# Refused before training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ref_model": "same"}, "same object as model"),
+        ({"train_dataset": [{"chosen": "a", "rejected": 3}]}, "rejected"),
+        ({"train_dataset": []}, "empty"),
+        ({"eval_strategy": "steps"}, "eval_dataset"),
+        ({"model": "bare"}, "no language-model head"),
+        ({"model": 7}, "expected a name, a path"),
+        ({"dtype": "bfloat16"}, "already loaded"),
+        ({"use_peft": True, "model": "adapted"}, "already has adapters"),
+        ({"model": "small vocabulary"}, "embedding has 60 rows"),
+        ({"args": fastdpo.DPOConfig(report_to="none")}, "put them all into args"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_input_gets_one_clear_error(change, message, model, rows, tokenizer, quick) -> None:
+    models = {"bare": model.model, "adapted": _adapted(True), "small vocabulary": tiny_llama(60)}
+    chosen = change.get("model", model)
+    arguments: dict[str, Any] = {"model": models.get(chosen, chosen) if isinstance(chosen, str) else chosen}
+    arguments |= {"train_dataset": rows, "processing_class": tokenizer, **quick}
+    arguments |= {name: value for name, value in change.items() if name != "model"}
+    if change.get("ref_model"):
+        arguments["ref_model"] = arguments["model"]
+    with pytest.raises(ValueError, match=message):
+        fastdpo.train(**arguments)
+
+
+def test_learned_positions_bound_max_length(rows, tokenizer, quick) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="learned positions for 64"):
+        fastdpo.train(gpt2, rows, processing_class=tokenizer, max_length=128, **quick)
+
+
+def test_lengths_beyond_the_rotary_range_are_warned_of(rows, tokenizer, quick, caplog) -> None:
+    fastdpo.train(tiny_llama(max_position_embeddings=16), rows, processing_class=tokenizer, **quick)
+    assert "trained on 16" in caplog.text
+
+
+def test_pairs_of_one_batch_pack_into_one_row_without_padding() -> None:
+    batch = pack([TokenPair([1, 2, 3], [4, 5], [6]), TokenPair([], [7, 8], [9, 9, 9])])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]]
+    assert batch.targets.tolist() == [4, 5, 6, 8, 9, 9] and batch.cu_seqlens.tolist() == [0, 2, 3, 4, 6]
+    assert batch.logit_rows.tolist() == [2, 3, 2, 6, 8, 9]
