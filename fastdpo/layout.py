@@ -150,7 +150,7 @@ def _declared_windows(config: Any) -> list[int]:
     """How far back each layer sees that does not see everything."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     if kinds := getattr(config, "layer_types", None):
-        limits = {"sliding_attention": window, "chunked_attention": chunk}
+        limits = {"sliding_attention": window or 0, "chunked_attention": chunk or 0}
         return [limits[kind] for kind in kinds if kind in limits]
     return [window] * config.num_hidden_layers if window else []
 

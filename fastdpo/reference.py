@@ -51,7 +51,7 @@ class Reference:
         self.memory = ReferenceMemory() if remember else None
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
-        """-> (P, 2) fp32: chosen, rejected."""
+        """-> (P, 2) fp64: chosen, rejected."""
         if self.memory is not None and self.memory.knows(batch):
             return self.memory.recall(batch)
         logps = self.compute(batch)
