@@ -18,8 +18,8 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# On a machine with a CUDA device: its tests, then benchmarks. `GPU_PYTHON=python3` uses packages that are there already.
-GPU_PYTHON ?= $(BIN)/python
+# The tests and benchmarks that need a CUDA device; without one they say so and end. Uses .venv where it is, else python3.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -rs
 	$(GPU_PYTHON) -m benchmarks step --device cuda

@@ -56,15 +56,19 @@ def counter() -> FlopCounterMode:
     TRL's LM head accumulates its backward with addmm_; unseen, a third of that head's policy work would be missing.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+    from torch.utils.flop_counter import FlopCounterMode
 
     aten: Any = torch.ops.aten
     mapping = {
-        aten.addmm_: addmm_flop,
+        aten.addmm_: _addmm,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _addmm(_sum: torch.Size, left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _attention_forward(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:

@@ -89,6 +89,7 @@ def main(options: Namespace) -> int:
 
 
 def measure(options: Namespace) -> dict[str, Any]:
+    load_before = os.getloadavg()[0]  # other work on the machine would be in every time below
     pairs, epochs, batch, threads = options.pairs, options.epochs, options.batch, options.threads
     tuned = tuned_settings(batch, min(TUNED_MICRO_BATCH, batch))
     tuning: list[dict[str, Any]] = []
@@ -96,23 +97,24 @@ def measure(options: Namespace) -> dict[str, Any]:
         tuning = search_tuned(RunSpec("trl", pairs, epochs, batch, longest_first=True, stop_after=1, threads=threads))
         tuned = min(tuning, key=lambda row: row["seconds"])["settings"]
     specs = configurations(pairs, epochs, batch, threads, tuned)
-
     runs: dict[str, list[RunResult]] = {name: [] for name in specs}
     counts: dict[str, RunResult] = {}
+
+    for name in ("fastdpo", "TRL default", "TRL tuned"):
+        stop = None if name == "fastdpo" else 1
+        counts[name] = in_own_process(name, replace(specs[name], count_flops=True, stop_after=stop), ", counting FLOPs")
     sorted_curve = in_own_process("fastdpo, longest first", replace(specs["fastdpo"], longest_first=True))
     for repeat in range(options.repeat):
         for name, spec in specs.items():
             runs[name].append(in_own_process(name, spec, f" {repeat + 1}/{options.repeat}"))
             check_curves(name, runs[name][-1], sorted_curve if spec.longest_first else runs["fastdpo"][0])
-    for name in ("fastdpo", "TRL default", "TRL tuned"):
-        stop = None if name == "fastdpo" else 1
-        counts[name] = in_own_process(name, replace(specs[name], count_flops=True, stop_after=stop), ", counting FLOPs")
 
     rows = {name: summary(specs[name], runs[name], flops_at(specs[name], counts, name)) for name in specs}
     return {
         "benchmark": "step",
         "device": options.device,
         **provenance(options),
+        "load_before": load_before,
         "workload": describe_workload(options),
         "configurations": rows,
         "tuning": tuning,
@@ -284,7 +286,6 @@ def provenance(options: Namespace) -> dict[str, Any]:
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": options.threads},
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        "load_before": os.getloadavg()[0],
     }
 
 

@@ -143,7 +143,15 @@ def check_fit(policy: Policy, tables: Mapping[str, Table], tokenizer: Any, confi
             f"sequences of up to {wanted} tokens (max_length={config.max_length}), but {type(model).__name__} has "
             f"learned positions for {limit}: set max_length={limit} or less"
         )
-    trained_on = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    text = model.config.get_text_config()
+    trained_on = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or trained_on or longest
+    if rope.get("rope_type") in ("dynamic", "longrope") and longest > original:
+        raise ValueError(
+            f"rope_type={rope['rope_type']!r} computes all sequences of a batch by its longest once that is beyond "
+            f"{original} tokens, and the longest here has {longest}: set max_length={original} or less"
+        )
     if limit is None and trained_on and longest > trained_on:
         logger.warning(
             "the longest sequence has %d tokens, the model was trained on %d: quality beyond that is not known; "

@@ -53,9 +53,6 @@ def demo(argv: list[str]) -> int:
     return run_demo(argv)
 
 
-# Training -------------------------------------------------------------------------------------------------------------
-
-
 def train(argv: list[str]) -> int:
     """Trains from the options in `argv`; bad input gives one line and exit code 1, a misspelt option 2."""
     parser = training_parser()
@@ -123,9 +120,6 @@ def _show_messages() -> None:
     if not messages.handlers and not logging.getLogger().handlers:
         messages.addHandler(logging.StreamHandler())
     messages.setLevel(logging.INFO)
-
-
-# Options --------------------------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -328,9 +322,6 @@ def _is_optional(name: str) -> bool:
     from fastdpo.config import DPOConfig
 
     return any(field.name == name and field.default is not None for field in dataclasses.fields(DPOConfig))
-
-
-# Doctor ---------------------------------------------------------------------------------------------------------------
 
 
 def doctor(argv: list[str]) -> int:

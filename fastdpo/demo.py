@@ -2,9 +2,9 @@
 
 A Llama of one million parameters first reads plain text in which every question is answered once politely and once
 rudely, so it learns both manners and prefers neither. Then DPO with LoRA shows it pairs of answers, the polite one
-chosen and the rude one rejected. Both answers of a pair mostly give the same advice and are alike in length, so manner
+chosen and the rude one rejected. The answers of a pair mostly give the same advice and are alike in length, so manner
 is all that there is to learn. The score is taken on questions that neither stage has seen, half of them about subjects
-that neither stage has seen.
+that DPO has not seen either: manners must carry over to whatever else the model can talk about.
 
 What it gives up: the model is far too small to be of use. It shows the whole way of a run, not what DPO does to a real
 model.
@@ -15,6 +15,8 @@ import json
 import random
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,7 +28,6 @@ import fastdpo
 
 PAIRS_FILE = Path(__file__).with_name("demo_pairs.jsonl")
 LEARNED = 0.9
-BETA = 0.1
 WARM_UP_BATCH = 16
 
 Row = dict[str, str]
@@ -37,29 +38,26 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     started = time.perf_counter()
     set_seed(options.seed)
-    train_rows, held_out = load_pairs(options.pairs)
-    tokenizer = build_tokenizer([row["prompt"] + row[side] for row in train_rows for side in ("chosen", "rejected")])
+    train_rows, held_out = load_pairs("train")[: options.pairs], load_pairs("test")
+    text_rows = load_pairs("train") + load_pairs("text")
+    tokenizer = build_tokenizer([row["prompt"] + row[side] for row in text_rows for side in ("chosen", "rejected")])
     model = build_model(tokenizer)
     introduce(train_rows, held_out, model)
 
-    heading("1. Warm-up: plain text, both manners equally often")
-    stage = time.perf_counter()
-    warm_up(model, tokenizer, train_rows, options.warm_up_passes)
-    print(f"   took {time.perf_counter() - stage:.0f} s")
-    ranking_before = ranking_accuracy(model, tokenizer, held_out)
-    answers_before = [sample(model, tokenizer, row["prompt"], options.seed) for row in held_out[:2]]
+    with stage("1. Warm-up on plain text: the model learns to answer, politely and rudely alike"):
+        warm_up(model, tokenizer, text_rows, options.warm_up_passes)
+        ranking_before = ranking_accuracy(model, tokenizer, held_out)
+        answers_before = [sample(model, tokenizer, row["prompt"], options.seed) for row in held_out[:2]]
 
-    heading("2. DPO with LoRA: fastdpo.train(model, train_rows, ...)")
-    stage = time.perf_counter()
-    result = run_dpo(model, tokenizer, train_rows, held_out, options)
-    print(f"   took {time.perf_counter() - stage:.0f} s")
+    with stage("2. DPO with LoRA: fastdpo.train(model, train_rows, eval_dataset=held_out, ...)"):
+        result = run_dpo(model, tokenizer, train_rows, held_out, options)
 
-    heading("3. What it learned, on questions it has never seen")
-    reward_after = result.trainer.evaluate()["eval_rewards/accuracies"]
-    print_accuracies(ranking_before, ranking_accuracy(result.model, tokenizer, held_out), reward_after)
-    answers_after = [sample(result.model, tokenizer, row["prompt"], options.seed) for row in held_out[:2]]
-    for row, before, after in zip(held_out, answers_before, answers_after, strict=False):
-        print_side_by_side(row["prompt"], before, after)
+    with stage("3. What it learned, on held-out questions"):
+        reward_after = result.trainer.evaluate()["eval_rewards/accuracies"]
+        print_accuracies(ranking_before, ranking_accuracy(result.model, tokenizer, held_out), reward_after)
+        answers_after = [sample(result.model, tokenizer, row["prompt"], options.seed) for row in held_out[:2]]
+        for row, before, after in zip(held_out, answers_before, answers_after, strict=False):
+            print_side_by_side(row["prompt"], before, after)
     return conclude(reward_after, Path(options.output_dir), time.perf_counter() - started)
 
 
@@ -72,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="demo_output", help="where the model, its log and curves.png go")
     parser.add_argument("--seed", type=int, default=42, help="seed of the model, the order of rows and the samples")
     parser.add_argument("--pairs", type=int, default=None, help="use only this many training pairs (default: all)")
-    parser.add_argument("--warm_up_passes", type=int, default=12, help="passes over the plain text before DPO")
+    parser.add_argument("--warm_up_passes", type=int, default=10, help="passes over the plain text before DPO")
     return parser.parse_args(argv)
 
 
@@ -176,7 +174,7 @@ def run_dpo(
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         output_dir=options.output_dir,
-        beta=BETA,
+        beta=0.3,
         learning_rate=1e-3,
         num_train_epochs=3,
         per_device_train_batch_size=8,
@@ -227,27 +225,40 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: s
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def heading(text: str) -> None:
-    print(f"\n{text}", flush=True)
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Says what comes, and how long it took."""
+    print(f"\n{title}", flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"   ({time.perf_counter() - started:.0f} s)", flush=True)
 
 
 def introduce(train_rows: list[Row], held_out: list[Row], model: PreTrainedModel) -> None:
+    new = len({row["prompt"] for row in held_out if row["subject"] not in {row["subject"] for row in train_rows}})
     print("fastdpo demo: teach a tiny language model good manners")
-    print(f"   data   {len(train_rows)} training pairs, {len(held_out)} held out ({NEW_SUBJECTS} about new subjects)")
-    print(f"   model  Llama with random weights, {model.num_parameters() / 1e6:.1f} million parameters")
+    print(f"   model: a Llama with random weights, {model.num_parameters() / 1e6:.1f} million parameters")
+    print(
+        f"   data:  {len(train_rows)} pairs to train on; {len(held_out)} held out, {new} of them on subjects new to DPO"
+    )
     row = train_rows[0]
     for name, text in (
         ("prompt", row["prompt"].splitlines()[0]),
         ("chosen", row["chosen"]),
         ("rejected", row["rejected"]),
     ):
-        print(textwrap.fill(text.strip(), 100, initial_indent=f"   {name:<10}", subsequent_indent=" " * 13))
+        print(textwrap.fill(text.strip(), 110, initial_indent=f"     {name:<10}", subsequent_indent=" " * 15))
 
 
 def print_accuracies(ranking_before: float, ranking_after: float, reward_after: float) -> None:
-    print(f"   {'held-out accuracy':<58}{'before':>8}{'after':>8}")
-    print(f"   {'ranking: log p(chosen) > log p(rejected)':<58}{ranking_before:>8.2f}{ranking_after:>8.2f}")
-    print(f"   {'reward:  chosen moved up more than rejected since DPO began':<58}{'-':>8}{reward_after:>8.2f}")
+    def line(name: str, before: str, after: str) -> None:
+        print(f"   {name:<66}{before:>10}{after:>11}")
+
+    line("share of the held-out pairs where", "before DPO", "after DPO")
+    line(
+        "the model finds chosen more probable than rejected (ranking)", f"{ranking_before:.2f}", f"{ranking_after:.2f}"
+    )
+    line("DPO raised chosen over rejected (reward accuracy)", "-", f"{reward_after:.2f}")
 
 
 def print_side_by_side(prompt: str, before: str, after: str, width: int = 52) -> None:

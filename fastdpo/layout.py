@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdpo.attention import CannotPack, packed_calls
 from fastdpo.batch import PreferenceBatch, pack, pad
 from fastdpo.data import TokenPair
-from fastdpo.model import Policy, backbone, base_model
+from fastdpo.model import Policy, backbone, base_model, input_embedding
 
 # Rounding of two right computations of a logit, relative to the largest one. A wrong mask moves log-probs by 1e-3 and
 # more.
@@ -53,7 +53,7 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
     ones.
     """
     model = base_model(policy.model)
-    pairs = probe_pairs(model.get_input_embeddings().num_embeddings)
+    pairs = probe_pairs(input_embedding(model).num_embeddings)
     training = policy.training
     policy.eval()
     try:
@@ -64,6 +64,8 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
                 reason = _why_not_packed(policy, pack(pairs), expected, tolerance)
             except CannotPack as refusal:
                 reason = str(refusal)
+            except torch.OutOfMemoryError:
+                raise
             except (
                 Exception
             ) as error:  # any code may stumble over our keywords and the missing mask: that is the answer
@@ -81,11 +83,9 @@ def probe_pairs(vocabulary: int) -> list[TokenPair]:
 
 
 def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, float]:
-    """(N,) log-probs by the model's own forward, one sequence at a time, and how far another right computation may
-    be.
-    """
+    """(N,) log-probs by the model's own forward, one sequence at a time, and how far off another one may be."""
     model = base_model(policy.model)
-    device = model.get_input_embeddings().weight.device
+    device = input_embedding(model).weight.device
     values, largest = [], 1.0
     with torch.autocast(device.type, policy.autocast) if policy.autocast else nullcontext():
         for pair in pairs:
@@ -118,9 +118,9 @@ def _check_padded(policy: Policy, batch: PreferenceBatch, expected: Tensor, tole
     error = _error(policy, batch, expected)
     if not error <= tolerance:
         raise ValueError(
-            f"the log-probs that fastdpo computes for {type(base_model(policy.model)).__name__} differ from the model's "
-            f"own by {error:.1e}, more than rounding ({tolerance:.0e}): its head or padding has a form that is not "
-            "supported yet"
+            f"the log-probs that fastdpo computes for {type(base_model(policy.model)).__name__} differ from the "
+            f"model's own by {error:.1e}, more than rounding ({tolerance:.0e}): its head or padding has a form that is "
+            "not supported yet"
         )
 
 

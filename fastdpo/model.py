@@ -35,10 +35,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-# Loading
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def compute_dtype(config: DPOConfig) -> torch.dtype:
     """The dtype of matrix products: what bf16 and fp16 ask for."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
@@ -196,10 +192,6 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
-# Training mode
-# ----------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[int]:
     """Within it, every dropout, layerdrop and router jitter of the model is 0, whatever its mode; yields how many
@@ -236,10 +228,6 @@ def enable_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None) -> Non
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-# The forward
-# ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -294,6 +282,7 @@ class Policy(nn.Module):
         self.model = model
         self.autocast = autocast
         self.noisy = noisy
+        self.train(model.training)
         self.configs = attention_configs(model)
 
     def forward(self, batch: PreferenceBatch, stats: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:

@@ -122,9 +122,6 @@ class DPOTrainer:
         """The reference's own model; None where it is the policy with its adapters switched."""
         return None if self.reference.policy is self.policy else self.reference.policy.model
 
-    # Training
-    # -----------------------------------------------------------------------------------------------------------------
-
     def train(self) -> TrainOutput:
         """Trains from the start; -> transformers' TrainOutput (global_step, training_loss, metrics)."""
         args = self.args
@@ -225,7 +222,7 @@ class DPOTrainer:
         if largest > 0.05 * scale or self.policy.autocast is None and largest > 1e-4 * scale:
             raise RuntimeError(
                 f"before the first update the policy's margin to its own reference is {largest:.2e}, must be 0: "
-                "something changes the model between two forward passes (a hook, a cache, noise); find it before training"
+                "something changes the model between two forward passes (a hook, a cache, noise): find it first"
             )
         logger.warning("first margins: up to %.1e instead of 0, the noise of this model's kernels", largest)
 
@@ -268,9 +265,6 @@ class DPOTrainer:
         self.log(metrics)
         self.control = self.callback_handler.on_train_end(args, state, self.control)
         return TrainOutput(state.global_step, metrics["train_loss"], state.log_history[-1])
-
-    # Evaluation
-    # ---------------------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Metrics of the evaluation sets, or of another dataset; logged, and returned under "eval_..." names."""
@@ -330,9 +324,6 @@ class DPOTrainer:
             state.best_metric, state.best_global_step = value, state.global_step
         if args.save_strategy == SaveStrategy.BEST:
             self.control.should_save = better
-
-    # Around the loop
-    # ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float]) -> None:
         """Adds a row to the history and hands it to the callbacks."""

@@ -27,9 +27,6 @@ def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-# What comes out ---------------------------------------------------------------------------------------------------
-
-
 def test_train_learns_the_preference_and_returns_model_metrics_and_history(model, rows, tokenizer, quick) -> None:
     quick |= {"max_steps": 30, "learning_rate": 3e-3}
     out = fastdpo.train(model, rows[:18], eval_dataset=rows[18:], tokenizer=tokenizer, eval_strategy="epoch", **quick)
@@ -93,9 +90,6 @@ def test_the_trainer_has_the_methods_and_results_that_scripts_use(model, rows, t
     assert evaluated["eval_loss"] < math.log(2) and trainer.state.log_history[-1]["eval_loss"] == evaluated["eval_loss"]
     trainer.save_model(str(tmp_path / "elsewhere"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere").num_parameters() == model.num_parameters()
-
-
-# What is exact ----------------------------------------------------------------------------------------------------
 
 
 def _adapted(init: Any, trained: bool = False) -> PeftModel:
@@ -247,9 +241,6 @@ def test_two_trainers_of_different_precision_live_in_one_process(rows, tokenizer
     assert plain.evaluate(rows[:3])["eval_loss"] < math.log(2)
 
 
-# What is computed -------------------------------------------------------------------------------------------------
-
-
 def test_no_prompt_row_reaches_the_head_and_each_reference_row_is_computed_once(tokenizer, quick) -> None:
     """The FLOPs of a whole run of three epochs within 5% of the count by formula."""
     V, D, I, layers, rank, epochs = 2000, 64, 128, 2, 4, 3  # noqa: N806, E741 (legend: vocabulary, hidden, MLP)
@@ -284,6 +275,29 @@ def test_no_prompt_row_reaches_the_head_and_each_reference_row_is_computed_once(
     assert prompt_rows > 0.5 * expected and again > 0.2 * expected  # either mistake would show
 
 
+def test_a_step_reads_nothing_back_to_the_host(rows, tokenizer, quick, monkeypatch) -> None:
+    """Every way from a tensor to a Python number raises inside of the optimizer step, after the first one's check."""
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
+    )
+    step, seen = trainer._optimizer_step, []
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a host sync inside of the step")
+
+    def watched(batches: list) -> None:
+        with monkeypatch.context() as patch:
+            for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+                if seen:
+                    patch.setattr(torch.Tensor, name, refuse)
+            step(batches)
+        seen.append(len(batches))
+
+    trainer._optimizer_step = watched
+    trainer.train()
+    assert len(seen) == 4
+
+
 def test_evaluations_after_the_first_run_no_reference(rows, tokenizer, quick) -> None:
     trainer = fastdpo.DPOTrainer(
         tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
@@ -297,9 +311,6 @@ def test_evaluations_after_the_first_run_no_reference(rows, tokenizer, quick) ->
     trainer.train()
     trainer.evaluate()
     assert sum(calls) == len(rows)
-
-
-# What is left as it was -------------------------------------------------------------------------------------------
 
 
 def test_generation_inside_callbacks_and_afterwards_is_the_models_own(rows, tokenizer, quick) -> None:
@@ -349,9 +360,6 @@ def test_a_frozen_copy_of_a_trained_adapter_does_not_stay_in_the_model(rows, tok
     assert list(out.model.peft_config) == ["default"]
     assert not any("reference" in name for name in out.model.state_dict())
     assert sorted(p.name for p in Path(quick["output_dir"]).iterdir() if p.is_dir()) == []
-
-
-# Logging, evaluation, saving --------------------------------------------------------------------------------------
 
 
 def test_transformers_state_decides_when_to_log_evaluate_and_save(rows, tokenizer, quick) -> None:
@@ -412,9 +420,6 @@ def test_the_run_says_what_it_resolved_to(rows, tokenizer, quick, caplog) -> Non
         "linear_logps: torch",
     ):
         assert part in caplog.text, part
-
-
-# Refused before training ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,96 @@
+"""The tree keeps its promises: who imports whom, and what the packages are called."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FASTDPO = {path.stem: path for path in (ROOT / "fastdpo").glob("*.py")}
+KERNELS = list((ROOT / "kernels/fastdpo_kernels").glob("*.py"))
+
+# Which modules of fastdpo each one may import; train, build and cli see everything.
+MAY_IMPORT = {
+    "losses": set(),
+    "batch": set(),
+    "verdicts": set(),
+    "config": {"verdicts", "losses"},
+    "rows": set(),
+    "sources": {"rows"},
+    "data": {"config", "rows", "sources"},
+    "attention": {"batch"},
+    "model": {"attention", "batch", "config"},
+    "layout": {"attention", "batch", "data", "model"},
+    "loader": {"batch", "config", "data", "layout"},
+    "reference": {"batch", "model"},
+    "step": {"batch", "losses", "model"},
+    "metrics": {"step"},
+    "checkpoint": {"reference"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_module_imports_only_what_stands_before_it(name: str) -> None:
+    ours = {module.split(".")[1] for module in imported(FASTDPO[name]) if module.startswith("fastdpo.")}
+    assert ours <= MAY_IMPORT[name]
+
+
+def test_losses_and_batch_need_torch_and_the_kernels_at_most() -> None:
+    heavy = {"transformers", "peft", "datasets", "accelerate", "bitsandbytes"}
+    for name in ("losses", "batch", "step"):
+        assert not {module.split(".")[0] for module in imported(FASTDPO[name])} & heavy, name
+
+
+def test_the_kernels_know_nothing_of_fastdpo_transformers_or_peft() -> None:
+    for path in KERNELS:
+        roots = {module.split(".")[0] for module in imported(path)}
+        assert not roots & {"fastdpo", "transformers", "peft", "datasets", "accelerate"}, path.name
+
+
+def test_benchmarks_do_not_import_tests_and_packages_import_neither() -> None:
+    tests = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert not {module.split(".")[0] for module in imported(path)} & tests, path.name
+    for path in [*FASTDPO.values(), *KERNELS]:
+        assert not {module.split(".")[0] for module in imported(path)} & (tests | {"benchmarks"}), path.name
+
+
+def test_the_folder_kernels_is_no_package_that_would_hide_hugging_faces() -> None:
+    """transformers imports a package `kernels`; a regular one installed beside us must win over our folder."""
+    assert not (ROOT / "kernels/__init__.py").exists()
+    assert not any(path.suffix == ".py" for path in (ROOT / "kernels").iterdir())
+
+
+def test_an_installed_package_called_kernels_is_found_from_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("get_kernel = 'theirs'")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.get_kernel)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "theirs"
+
+
+def test_a_bare_checkout_works_on_the_python_path() -> None:
+    code = "import fastdpo, fastdpo_kernels.pair_loss; print(fastdpo.DPOConfig.__name__)"
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin", "HOME": "/tmp"}
+    run = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == "DPOConfig", run.stderr
+
+
+def test_no_module_is_called_utils_common_or_helpers() -> None:
+    names = {path.stem for path in [*FASTDPO.values(), *KERNELS]}
+    assert not names & {"utils", "common", "helpers", "misc"}
