@@ -3,6 +3,7 @@
 Names are imported on first use, so that `fastdpo --version` does not wait for torch.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["DPOConfig", "DPOTrainer", "TrainResult", "train"]
 __version__ = "0.1.0"
+
+# Whenever peft imports bitsandbytes without a GPU, it asks for one more package, for 4-bit inference on CPU.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,8 @@ from fastdpo.model import (
     Policy,
     add_adapters,
     base_model,
+    check_loaded,
     compute_dtype,
-    enable_checkpointing,
     input_embedding,
     learned_positions,
     load_model,
@@ -95,14 +95,12 @@ def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig) -> dict[st
 
 
 def build_policy(model: Model, peft_config: Any, config: DPOConfig) -> Policy:
-    """The model on its device: adapters added, trained weights in fp32, checkpointing on where asked for."""
+    """The model on its device: adapters added, trained weights in fp32."""
     adapters = peft_config is not None or config.use_peft
     loaded = add_adapters(load_model(model, config, adapters), peft_config, config)
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     prepare_precision(loaded, autocast)
     loaded.to(config.device)  # type: ignore[arg-type]
-    if config.gradient_checkpointing:
-        enable_checkpointing(loaded, config.gradient_checkpointing_kwargs)  # type: ignore[arg-type]
     return Policy(loaded, autocast, noisy=not config.disable_dropout).train()
 
 
@@ -110,7 +108,10 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig)
     """A reference model of its own, loaded as frozen weights are and computing as the policy does."""
     if ref_model is None:
         return None
-    loaded = load_model(ref_model, config, adapters=True) if isinstance(ref_model, str) else ref_model
+    if isinstance(ref_model, str):
+        loaded = load_model(ref_model, config, adapters=True)
+    else:
+        loaded = check_loaded(ref_model, "ref_model")
     return Policy(loaded.to(config.device), policy.autocast)  # type: ignore[arg-type]
 
 
@@ -130,10 +131,12 @@ def build_reference(policy: Policy, ref_policy: Policy | None, layout: Layout, r
     return find_reference(policy, ref_policy, probe, remember)
 
 
-def check_fit(policy: Policy, tables: Mapping[str, Table], tokenizer: Any, config: DPOConfig) -> dict[str, Table]:
-    """The tables, after checking that the model has an embedding for every token and a position for every place."""
+def check_fit(
+    policy: Policy, ref_policy: Policy | None, tables: Mapping[str, Table], tokenizer: Any, config: DPOConfig
+) -> dict[str, Table]:
+    """The tables, after checking that the models have an embedding for every token and a position for every place."""
     model = base_model(policy.model)
-    rows = input_embedding(model).num_embeddings
+    rows = min(input_embedding(part.model).num_embeddings for part in (policy, ref_policy) if part is not None)
     checked = {name: check_vocabulary(table, rows, tokenizer) for name, table in tables.items()}
     longest = max((_longest(table) for table in tables.values() if isinstance(table, Dataset)), default=0)
     limit = learned_positions(model)
@@ -191,6 +194,8 @@ def describe(policy: Policy, layout: Layout, reference: Reference, config: DPOCo
     logger.info("device: %s, matrix products in %s, dropout %s", device, products, "on" if policy.noisy else "off")
     logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)
     logger.info("reference: %s", reference.description)
+    if config.attn_implementation and layout.packed:
+        logger.info("attention outside of packed batches (generation): %s, as asked for", config.attn_implementation)
     for name, path in (*method_report(), *(backend_report() if layout.packed else [])):
         logger.info("%s: %s", name, path)
     losses = " + ".join(

@@ -11,12 +11,14 @@ model.
 """
 
 import argparse
+import io
 import json
 import random
+import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with stage("2. DPO with LoRA: fastdpo.train(model, train_rows, eval_dataset=held_out, ...)"):
         result = run_dpo(model, tokenizer, train_rows, held_out, options)
+        print_history(result.history)
 
     with stage("3. What it learned, on held-out questions"):
         reward_after = result.trainer.evaluate()["eval_rewards/accuracies"]
@@ -70,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="demo_output", help="where the model, its log and curves.png go")
     parser.add_argument("--seed", type=int, default=42, help="seed of the model, the order of rows and the samples")
     parser.add_argument("--pairs", type=int, default=None, help="use only this many training pairs (default: all)")
-    parser.add_argument("--warm_up_passes", type=int, default=10, help="passes over the plain text before DPO")
+    parser.add_argument("--warm_up_passes", type=int, default=14, help="passes over the plain text before DPO")
     return parser.parse_args(argv)
 
 
@@ -165,26 +168,28 @@ def run_dpo(
     train_rows: list[Row],
     held_out: list[Row],
     options: argparse.Namespace,
-) -> "fastdpo.TrainResult":
+) -> fastdpo.TrainResult:
     """The call that this package is about, as you would write it for a model and rows of your own."""
-    return fastdpo.train(
-        model,
-        train_rows,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        output_dir=options.output_dir,
-        beta=0.3,
-        learning_rate=1e-3,
-        num_train_epochs=3,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=16,
-        gradient_checkpointing=False,  # saves memory that a model this small does not need
-        logging_steps=6,
-        eval_strategy="epoch",
-        save_strategy="no",
-        seed=options.seed,
-    )
+    with redirect_stdout(io.StringIO()):  # transformers prints each log row as a dict; print_history shows them later
+        return fastdpo.train(
+            model,
+            train_rows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+            output_dir=options.output_dir,
+            beta=0.3,
+            learning_rate=6e-4,
+            num_train_epochs=4,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=16,
+            gradient_checkpointing=False,  # saves memory that a model this small does not need
+            logging_steps=9,
+            eval_strategy="epoch",
+            save_strategy="no",
+            seed=options.seed,
+            disable_tqdm=not sys.stderr.isatty(),
+        )
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> list[int]:
@@ -221,7 +226,7 @@ def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: s
     model.eval()
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, do_sample=True, temperature=0.8, max_new_tokens=60)
+    tokens = model.generate(**inputs, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=60)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -248,6 +253,15 @@ def introduce(train_rows: list[Row], held_out: list[Row], model: PreTrainedModel
         ("rejected", row["rejected"]),
     ):
         print(textwrap.fill(text.strip(), 110, initial_indent=f"     {name:<10}", subsequent_indent=" " * 15))
+
+
+def print_history(history: list[dict[str, float]]) -> None:
+    """The evaluations of the run; the whole log is in output_dir/metrics.jsonl and drawn in curves.png."""
+    print(f"   {'held out, after epoch':<24}{'loss':>8}{'reward margin':>16}{'reward accuracy':>18}")
+    for row in history:
+        if "eval_loss" in row:
+            loss, margin, accuracy = (row[f"eval_{key}"] for key in ("loss", "rewards/margins", "rewards/accuracies"))
+            print(f"   {row['epoch']:<24.0f}{loss:>8.3f}{margin:>16.2f}{accuracy:>18.2f}")
 
 
 def print_accuracies(ranking_before: float, ranking_after: float, reward_after: float) -> None:

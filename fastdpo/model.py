@@ -52,10 +52,15 @@ def load_model(
     if isinstance(source, str):
         return _from_pretrained(source, config, adapters)
     _refuse_load_options(source, config)
+    return check_loaded(source, "model")
+
+
+def check_loaded(source: Any, name: str) -> PreTrainedModel | PeftModel:
+    """`source`, if it is a loaded decoder-only language model; `name` is what errors call it."""
     base = base_model(source) if isinstance(source, (PreTrainedModel, PeftModel)) else None
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
-            f"model is a {type(source).__name__}, expected a name, a path, a PreTrainedModel or a PeftModel"
+            f"{name} is a {type(source).__name__}, expected a name, a path, a PreTrainedModel or a PeftModel"
         )
     if base.config.is_encoder_decoder:
         raise ValueError(
@@ -216,18 +221,24 @@ def _is_noise(attribute: str) -> bool:
     return any(word in attribute for word in ("dropout", "layerdrop", "pdrop", "jitter"))
 
 
-def enable_checkpointing(model: nn.Module, kwargs: dict[str, Any] | None) -> None:
-    """Non-reentrant gradient checkpointing whose second run of a block sees the attention of the first."""
+@contextmanager
+def checkpointing(model: nn.Module, kwargs: dict[str, Any] | None) -> Iterator[None]:
+    """Within it, non-reentrant gradient checkpointing whose second run of a block sees the attention of the first."""
     base = base_model(model)
     if not base.supports_gradient_checkpointing:
         raise ValueError(
             f"{type(base).__name__} does not support gradient checkpointing: set gradient_checkpointing=False"
         )
     options = {**(kwargs or {}), "use_reentrant": False, "context_fn": checkpoint_contexts(attention_configs(base))}
-    if hasattr(base, "activation_checkpointing_enable"):  # the name of transformers since 5.2x
+    new_name = hasattr(base, "activation_checkpointing_enable")  # transformers since 5.2x
+    if new_name:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    try:
+        yield
+    finally:
+        (base.activation_checkpointing_disable if new_name else base.gradient_checkpointing_disable)()
 
 
 @dataclass(frozen=True)

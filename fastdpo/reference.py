@@ -70,6 +70,14 @@ class Reference:
         """Takes the frozen adapter, if there is one, back out of the policy's model."""
         if isinstance(self.policy.model, PeftModel) and FROZEN_ADAPTER in self.policy.model.peft_config:
             self.policy.model.delete_adapter(FROZEN_ADAPTER)
+            self.without_policy = _released
+
+
+def _released() -> AbstractContextManager[object]:
+    raise RuntimeError(
+        "the reference, a frozen copy of the adapter that training started from, was taken out of the model after "
+        "training: build a DPOTrainer yourself to evaluate rows that were not seen by then"
+    )
 
 
 class ReferenceMemory:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.loader import eval_loader, train_loader
 from fastdpo.losses import loss_terms
 from fastdpo.metrics import MetricSums
-from fastdpo.model import without_dropout
+from fastdpo.model import checkpointing, without_dropout
 from fastdpo.step import PreferenceStep
 from fastdpo_kernels.pair_loss import PairLoss
 
@@ -95,15 +95,16 @@ class DPOTrainer:
         self.policy = build.build_policy(model, peft_config, args)  # type: ignore[arg-type]
         if args.learning_rate is None:
             args.learning_rate = 2e-5 if hasattr(self.policy.model, "peft_config") else 1e-6
-        tables = build.check_fit(self.policy, tables, self.processing_class, args)
+        ref_policy = build.build_ref_policy(ref_model, self.policy, args)
+        tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
         self.train_dataset = tables.pop("train", None)
         self.eval_dataset = tables
-        ref_policy = build.build_ref_policy(ref_model, self.policy, args)
         self.layout = build.common_layout(self.policy, ref_policy, self.processing_class)
         streams = isinstance(self.train_dataset, IterableDataset)
         self.reference = build.build_reference(self.policy, ref_policy, self.layout, remember=not streams)
         self.terms = loss_terms(args.loss_type, args.loss_weights, args)
 
+        self._margins_checked = False
         self.accelerator: Accelerator
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
@@ -144,7 +145,7 @@ class DPOTrainer:
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
-        with without_dropout(self.model) if args.disable_dropout else nullcontext():
+        with self._training_mode():
             self.policy.train()
             self.control = handler.on_train_begin(args, self.state, self.control)
             if args.eval_on_start:
@@ -186,8 +187,9 @@ class DPOTrainer:
         total = sum(batch.num_pairs for batch in batches)
         for index, batch in enumerate(batches):
             running.tokens += batch.num_tokens
+            running.pairs += batch.num_pairs
             result, sums = running.step(batch.to(args.device, non_blocking=True))
-            if not running.checked:
+            if not self._margins_checked:
                 self._check_first_margins(result)
             running.sums.add(sums, skip_non_finite=args.logging_nan_inf_filter)
             self.accelerator.backward(self.scaler.scale(result.losses.sum() / total))
@@ -211,7 +213,7 @@ class DPOTrainer:
         """Policy and reference start equal, so every log-ratio of the first micro-batch must be 0: the one check
         that catches a wrong reference, a wrong mask and a wrong mode at once.
         """
-        self._running.checked = True
+        self._margins_checked = True
         if not self.reference.equals_policy or self.policy.noisy:
             return
         largest = float((result.log_ratios[:, 0] - result.log_ratios[:, 1]).abs().max())
@@ -255,10 +257,9 @@ class DPOTrainer:
         args, state = self.args, self.state
         if self._running.sums.sums is not None:
             self._read_metrics()  # steps since the last line still count in train_loss
-        pairs = state.global_step * args.per_device_train_batch_size * args.gradient_accumulation_steps
         metrics = {
             "train_runtime": round(seconds, 4),
-            "train_samples_per_second": round(pairs / seconds, 3),
+            "train_samples_per_second": round(self._running.pairs / seconds, 3),
             "train_steps_per_second": round(state.global_step / seconds, 3),
             "train_loss": self._running.mean_loss,
         }
@@ -277,11 +278,9 @@ class DPOTrainer:
             tables = self.eval_dataset
         if not tables:
             raise ValueError("there is nothing to evaluate on: give eval_dataset to the trainer or to evaluate()")
-        self._start_engine()
         metrics: dict[str, float] = {}
-        with without_dropout(self.model) if self.args.disable_dropout else nullcontext():
-            for name, table in tables.items():
-                metrics |= self._evaluate_table(name, table)
+        for name, table in tables.items():
+            metrics |= self._evaluate_table(name, table)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._note_best(metrics)
@@ -344,6 +343,17 @@ class DPOTrainer:
     def remove_callback(self, callback: Any) -> None:
         self.callback_handler.remove_callback(callback)
 
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Dropout off and checkpointing on as the options say, and the model as it was on the way out."""
+        args: Any = self.args
+        with ExitStack() as stack:
+            if args.disable_dropout:
+                stack.enter_context(without_dropout(self.model))
+            if args.gradient_checkpointing:
+                stack.enter_context(checkpointing(self.model, args.gradient_checkpointing_kwargs))
+            yield
+
     def _preference_step(self) -> PreferenceStep:
         return PreferenceStep(self.policy, self.reference, self.terms, self.args.beta)
 
@@ -383,8 +393,8 @@ class _Running:
     """What a training run carries from step to step."""
 
     step: PreferenceStep
-    checked: bool = False
     tokens: int = 0
+    pairs: int = 0
     learning_rate: float = 0.0
     grad_norm: Tensor | None = None
     window_loss: float = 0.0

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastdpo.attention import attention_configs, packed_calls
 from fastdpo.batch import pack, pad
 from fastdpo.layout import find_layout
-from fastdpo.model import Policy, enable_checkpointing, without_dropout
+from fastdpo.model import Policy, checkpointing, without_dropout
 
 FP32 = 1e-5
 CHECKPOINTED = ["llama", "gemma2", "mistral-window", "gpt2"]
@@ -89,8 +89,7 @@ def test_checkpointing_leaves_logps_and_gradients_bitwise_as_they_are(name: str,
     with without_dropout(model):
         plain, _ = policy(layout(RAGGED))
         expected = gradients(plain, model)
-        enable_checkpointing(model, None)
-        with packed_calls() as calls:
+        with checkpointing(model, None), packed_calls() as calls:
             logps, _ = policy(layout(RAGGED))
             forward_calls = calls.count
             actual = gradients(logps, model)
@@ -104,9 +103,9 @@ def test_checkpointing_an_adapted_model_gives_the_gradients_of_one_that_is_not()
     model = lora(tiny_model("qwen2"), target_modules="all-linear")
     policy = Policy(model).train()
     expected = gradients(policy(pack(RAGGED))[0], model)
-    enable_checkpointing(model, {"use_reentrant": False})
-    actual = gradients(policy(pack(RAGGED))[0], model)
-    assert expected and all("lora" in n and torch.equal(actual[n], expected[n]) for n in expected)
+    with checkpointing(model, {"use_reentrant": False}):
+        actual = gradients(policy(pack(RAGGED))[0], model)
+        assert expected and all("lora" in n and torch.equal(actual[n], expected[n]) for n in expected)
 
 
 # The model stays as it was
@@ -129,18 +128,18 @@ def test_attention_and_config_are_as_given_after_a_forward_a_backward_and_an_exc
     policy = Policy(model).train()
     find_layout(policy)
     assert model.training
-    enable_checkpointing(model, None)
-    logps, _ = policy(pack(RAGGED))
-    assert implementations(model) == [attention]
-    logps.sum().backward()
-    assert implementations(model) == [attention]
-    norm = [module for module in model.modules() if "Norm" in type(module).__name__][-1]
-    hook = norm.register_forward_pre_hook(lambda *_: 1 / 0)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ZeroDivisionError):
-        policy(pack(RAGGED))
-    hook.remove()
-    assert implementations(model) == [attention]
-    assert model.config.to_dict() == before
+    with checkpointing(model, None):
+        logps, _ = policy(pack(RAGGED))
+        assert implementations(model) == [attention]
+        logps.sum().backward()
+        assert implementations(model) == [attention]
+        norm = [module for module in model.modules() if "Norm" in type(module).__name__][-1]
+        hook = norm.register_forward_pre_hook(lambda *_: 1 / 0)  # type: ignore[arg-type, return-value]
+        with pytest.raises(ZeroDivisionError):
+            policy(pack(RAGGED))
+        hook.remove()
+        assert implementations(model) == [attention]
+        assert model.config.to_dict() == before
 
 
 def generated(model: Any) -> tuple[Tensor, ...]:
@@ -166,25 +165,25 @@ def test_generation_is_the_untouched_models_before_between_and_after_training_st
     model = tiny_model(name)
     untouched = generated(copy.deepcopy(model))
     policy = Policy(model).eval()
-    enable_checkpointing(model, None)
-    find_layout(policy)
+    with checkpointing(model, None):
+        find_layout(policy)
 
-    def assert_untouched(expected: tuple[Tensor, ...]) -> None:
-        assert all(map(torch.equal, generated(model), expected))
+        def assert_untouched(expected: tuple[Tensor, ...]) -> None:
+            assert all(map(torch.equal, generated(model), expected))
 
-    assert_untouched(untouched)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    policy(pack(RAGGED))[0].sum().backward()
-    assert_untouched(untouched)  # between the micro-batches of a step
-    logps, _ = policy(pack(RAGGED))
-    assert_untouched(untouched)  # between a forward and its backward
-    logps.sum().backward()
-    optimizer.step()
-    fresh = tiny_model(name)
-    fresh.load_state_dict(model.state_dict())
-    trained = generated(fresh)
-    assert not torch.equal(trained[1], untouched[1])
-    assert_untouched(trained)
+        assert_untouched(untouched)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        policy(pack(RAGGED))[0].sum().backward()
+        assert_untouched(untouched)  # between the micro-batches of a step
+        logps, _ = policy(pack(RAGGED))
+        assert_untouched(untouched)  # between a forward and its backward
+        logps.sum().backward()
+        optimizer.step()
+        fresh = tiny_model(name)
+        fresh.load_state_dict(model.state_dict())
+        trained = generated(fresh)
+        assert not torch.equal(trained[1], untouched[1])
+        assert_untouched(trained)
 
 
 # The head
