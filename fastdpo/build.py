@@ -26,12 +26,13 @@ from fastdpo.model import (
     Policy,
     add_adapters,
     base_model,
-    check_loaded,
+    check_model,
     compute_dtype,
     input_embedding,
     learned_positions,
     load_model,
     prepare_precision,
+    refuse_load_options,
 )
 from fastdpo.reference import Reference, find_reference
 from fastdpo_kernels.linear_logps import method_report
@@ -51,8 +52,18 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
             "ref_model is the same object as model, so it would train along: leave ref_model out (the reference is "
             "then model as it is now), or give a copy"
         )
-    if (peft_config is not None or config.use_peft) and isinstance(ref_model, PeftModel):
-        logger.info("the given ref_model carries adapters of its own; it is used as it is")
+    check_model(model, "model", config)
+    if ref_model is not None:
+        check_model(ref_model, "ref_model", config)
+    if not isinstance(model, str):
+        refuse_load_options(model, config)
+    if peft_config is not None and config.use_peft:
+        raise ValueError("both peft_config and use_peft are given: leave one out")
+    if isinstance(model, PeftModel) and (peft_config is not None or config.use_peft):
+        raise ValueError(
+            "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training "
+            "the adapter that is there, or merge it first with model.merge_and_unload()"
+        )
 
 
 def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> Any:
@@ -108,10 +119,7 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig)
     """A reference model of its own, loaded as frozen weights are and computing as the policy does."""
     if ref_model is None:
         return None
-    if isinstance(ref_model, str):
-        loaded = load_model(ref_model, config, adapters=True)
-    else:
-        loaded = check_loaded(ref_model, "ref_model")
+    loaded = load_model(ref_model, config, adapters=True)
     return Policy(loaded.to(config.device), policy.autocast)  # type: ignore[arg-type]
 
 

@@ -30,6 +30,7 @@ import fastdpo
 
 PAIRS_FILE = Path(__file__).with_name("demo_pairs.jsonl")
 LEARNED = 0.9
+SPECIAL_TOKENS = PAD, BOS, EOS = ["<pad>", "<s>", "</s>"]  # ids 0, 1, 2
 WARM_UP_BATCH = 16
 
 Row = dict[str, str]
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         print_history(result.history)
 
     with stage("3. What it learned, on held-out questions"):
-        reward_after = result.trainer.evaluate()["eval_rewards/accuracies"]
+        reward_after = result.metrics["eval_rewards/accuracies"]
         print_accuracies(ranking_before, ranking_accuracy(result.model, tokenizer, held_out), reward_after)
         answers_after = [sample(result.model, tokenizer, row["prompt"], options.seed) for row in held_out[:2]]
         for row, before, after in zip(held_out, answers_before, answers_after, strict=False):
@@ -93,13 +94,15 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         texts,
         trainers.BpeTrainer(
             vocab_size=1024,
-            special_tokens=["<pad>", "<s>", "</s>"],
+            special_tokens=SPECIAL_TOKENS,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -113,9 +116,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_attention_heads=4,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=SPECIAL_TOKENS.index(PAD),
+            bos_token_id=SPECIAL_TOKENS.index(BOS),
+            eos_token_id=SPECIAL_TOKENS.index(EOS),
         )
     )
 
@@ -148,8 +151,8 @@ def warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: li
         texts = warm_up_texts(rows)
         losses = []
         for indices in torch.randperm(len(texts)).split(WARM_UP_BATCH):
-            ids = [[*tokenizer(texts[i])["input_ids"], tokenizer.eos_token_id] for i in indices.tolist()]
-            batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+            batch = tokenizer([texts[i] + EOS for i in indices.tolist()], padding=True, return_tensors="pt")
+            batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
             loss = model(**batch, labels=labels).loss
             loss.backward()
@@ -193,14 +196,14 @@ def run_dpo(
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> list[int]:
-    return [*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id]
+    return tokenizer.encode(prompt + answer + EOS)
 
 
 @torch.no_grad()
 def answer_logp(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> float:
     """log p(answer | prompt): the sum over the answer's tokens, its end token included."""
     ids = torch.tensor([encode(tokenizer, prompt, answer)])
-    start = len(tokenizer(prompt)["input_ids"])
+    start = len(tokenizer.encode(prompt))
     logps = model(input_ids=ids).logits[0, start - 1 : -1].float().log_softmax(-1)
     return logps.gather(1, ids[0, start:, None]).sum().item()
 
@@ -221,13 +224,13 @@ def ranking_accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast,
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
     """One answer drawn from the model, the same draw for the same seed."""
     model.eval()
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    tokens = model.generate(**inputs, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=60)
-    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    prompt_ids = torch.tensor([tokenizer.encode(prompt)])
+    tokens = model.generate(input_ids=prompt_ids, do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=60)
+    return str(tokenizer.decode(tokens[0, prompt_ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
 @contextmanager

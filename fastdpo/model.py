@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,23 +41,16 @@ def compute_dtype(config: DPOConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def load_model(
-    source: str | PreTrainedModel | PeftModel, config: DPOConfig, adapters: bool
-) -> PreTrainedModel | PeftModel:
-    """A name, path or loaded model -> a causal language model with a head; weights on CPU or where the given model has
-    them.
-
-    Raises ValueError for anything else: encoder-decoders, models without a language-model head, load options on a
-    loaded model.
-    """
+def check_model(source: Any, name: str, config: DPOConfig) -> None:
+    """Refuses what is no decoder-only language model, reading no more than its config; `name` is for errors."""
     if isinstance(source, str):
-        return _from_pretrained(source, config, adapters)
-    _refuse_load_options(source, config)
-    return check_loaded(source, "model")
-
-
-def check_loaded(source: Any, name: str) -> PreTrainedModel | PeftModel:
-    """`source`, if it is a loaded decoder-only language model; `name` is what errors call it."""
+        model_config = _model_config(source, config)
+        if model_config.is_encoder_decoder or not _is_causal(model_config):
+            kind = "an encoder-decoder" if model_config.is_encoder_decoder else "not a causal language model"
+            raise ValueError(
+                f"{name} {source} ({model_config.model_type}) is {kind}: fastdpo trains decoder-only language models"
+            )
+        return
     base = base_model(source) if isinstance(source, (PreTrainedModel, PeftModel)) else None
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
@@ -68,27 +62,36 @@ def check_loaded(source: Any, name: str) -> PreTrainedModel | PeftModel:
         )
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no language-model head: load it with AutoModelForCausalLM")
-    return source
 
 
-def _from_pretrained(name: str, config: DPOConfig, adapters: bool) -> PreTrainedModel:
-    where: dict[str, Any] = {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
-    model_config = AutoConfig.from_pretrained(name, **where)
-    if model_config.is_encoder_decoder or not _is_causal(model_config):
-        kind = "an encoder-decoder" if model_config.is_encoder_decoder else "not a causal language model"
-        raise ValueError(
-            f"{name} ({model_config.model_type}) is {kind}: fastdpo trains decoder-only models with an LM head"
-        )
+def load_model(source: Any, config: DPOConfig, adapters: bool) -> PreTrainedModel | PeftModel:
+    """A name or path -> the model, its weights fit for training adapters or all of it; a loaded one as it is."""
+    if not isinstance(source, str):
+        return source
+    model_config = _model_config(source, config)
     rope_scaling: Any = config.rope_scaling
     if rope_scaling:
         model_config.rope_parameters = {**(getattr(model_config, "rope_parameters", None) or {}), **rope_scaling}
     more: Any = config.model_init_kwargs or {}
-    options: dict[str, Any] = {"config": model_config, **where, **more}
+    options: dict[str, Any] = {"config": model_config, **_where(config), **more}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     frozen = compute_dtype(config) if config.dtype == "auto" else DTYPES[config.dtype]
     options.setdefault("dtype", frozen if adapters or config.dtype != "auto" else torch.float32)
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    return AutoModelForCausalLM.from_pretrained(source, **options)
+
+
+def _model_config(name: str, config: DPOConfig) -> Any:
+    if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
+        raise ValueError(
+            f"{name} holds an adapter and not a model: load it with "
+            "AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) and give that"
+        )
+    return AutoConfig.from_pretrained(name, **_where(config))
+
+
+def _where(config: DPOConfig) -> dict[str, Any]:
+    return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
 
 
 def _is_causal(model_config: Any) -> bool:
@@ -96,7 +99,7 @@ def _is_causal(model_config: Any) -> bool:
     return remote or model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _refuse_load_options(source: Any, config: DPOConfig) -> None:
+def refuse_load_options(source: Any, config: DPOConfig) -> None:
     defaults = DPOConfig.__dataclass_fields__
     names = ("model_revision", "trust_remote_code", "dtype", "attn_implementation", "model_init_kwargs", "rope_scaling")
     if given := [name for name in names if getattr(config, name) != defaults[name].default]:
@@ -114,13 +117,6 @@ def add_adapters(
     """
     if peft_config is None and not config.use_peft:
         return model
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training "
-            "the adapter that is there, or merge it first with model.merge_and_unload()"
-        )
-    if peft_config is not None and config.use_peft:
-        raise ValueError("both peft_config and use_peft are given: leave one out")
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
