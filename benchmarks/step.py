@@ -31,8 +31,9 @@ LN2 = math.log(2)
 FIRST_LOSS_TOLERANCE = 1e-5
 CURVE_TOLERANCE = 1e-3  # relative, losses and gradient norms
 LEAST_MOVEMENT = 2e-3  # three times what CURVE_TOLERANCE forgives at ln 2
-# Pairs a micro-batch of TRL tuned, of an optimizer batch of 8. Seconds of one epoch (16 pairs, one run each, 1 thread on
-# a shared 2-core Xeon, 2026-11-22): 1: 30.0, 2: 30.2, 4: 34.0, 8: 72.6; 2 with the reference online: 28.0. `--tune` runs them again.
+# Pairs a micro-batch of TRL tuned, of an optimizer batch of 8. Seconds of one epoch (16 pairs, one run each, 1 thread
+# on a shared 2-core Xeon, 2026-11-22): 1: 30.0, 2: 30.2, 4: 34.0, 8: 72.6; 2 with the reference online: 28.0.
+# `--tune` measures them again and takes the fastest.
 TUNED_MICRO_BATCH = 2
 
 # name -> (aim, whether larger is better); {n} is the number of epochs
