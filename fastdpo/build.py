@@ -21,6 +21,7 @@ from fastdpo.attention import backend_report
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, check_vocabulary, load_rows, prepare_tokenizer, tokenize_pairs
 from fastdpo.layout import Layout, find_layout, probe_pairs
+from fastdpo.loader import token_budget
 from fastdpo.metrics import RunFiles
 from fastdpo.model import (
     Policy,
@@ -210,9 +211,10 @@ def describe(policy: Policy, layout: Layout, reference: Reference, config: DPOCo
         f"{w:g} {n}" for n, w in zip(config.loss_type, config.loss_weights or [1] * len(config.loss_type), strict=True)
     )
     logger.info(
-        "loss: %s, beta %g, learning rate %g, %d pairs an optimizer step",
+        "loss: %s, beta %g, learning rate %g, %d pairs an optimizer step in micro-batches of up to %s",
         losses,
         config.beta,
         config.learning_rate,
         config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        f"{budget} tokens" if (budget := token_budget(config)) else f"{config.per_device_train_batch_size} pairs",
     )

@@ -144,7 +144,8 @@ class DPOConfig(TrainingArguments):
 
     # Memory
     max_tokens_per_microbatch: int | None = _option(
-        None, "Tokens in one forward pass; changes no result. Unset: per_device_train_batch_size pairs."
+        None,
+        "Tokens of a micro-batch; changes no result. Unset: per_device_train_batch_size pairs, on a CPU 512 tokens.",
     )
 
     # Inherited options with a default of ours, or that transformers dropped or has in some versions only

@@ -20,6 +20,10 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import TokenPair, row_key
 from fastdpo.layout import Layout
 
+# Tokens of a micro-batch on a CPU, where `max_tokens_per_microbatch` is unset. 16 pairs of a 20M-parameter Llama took
+# 21 s with budgets of 512, 1024, 2048 and none, and 0.7, 1.0, 1.4 and 2.0 GiB (2-core Xeon, 1 thread, 2026-11-22).
+CPU_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Collate:
@@ -73,14 +77,19 @@ def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOCo
     if isinstance(table, Dataset):
         seed = config.seed if config.data_seed is None else config.data_seed
         sampler = EpochSampler(table, config.train_sampling_strategy, pairs, seed)
-    collate = Collate(layout, config.per_device_train_batch_size, config.max_tokens_per_microbatch)
+    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config))
     return _loader(table, sampler, pairs, collate, config, config.dataloader_drop_last)
 
 
 def eval_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig) -> DataLoader:
     """Batches of per_device_eval_batch_size pairs, in order."""
     pairs = config.per_device_eval_batch_size
-    return _loader(table, None, pairs, Collate(layout, pairs, config.max_tokens_per_microbatch), config, False)
+    return _loader(table, None, pairs, Collate(layout, pairs, token_budget(config)), config, False)
+
+
+def token_budget(config: DPOConfig) -> int | None:
+    """Tokens of a micro-batch; None where it goes by pairs."""
+    return config.max_tokens_per_microbatch or (CPU_TOKENS if config.device.type == "cpu" else None)
 
 
 def _loader(
