@@ -147,7 +147,14 @@ def check_fit(
     model = base_model(policy.model)
     rows = min(input_embedding(part.model).num_embeddings for part in (policy, ref_policy) if part is not None)
     checked = {name: check_vocabulary(table, rows, tokenizer) for name, table in tables.items()}
-    longest = max((_longest(table) for table in tables.values() if isinstance(table, Dataset)), default=0)
+    _check_positions(
+        model, max((_longest(table) for table in tables.values() if isinstance(table, Dataset)), default=0), config
+    )
+    return checked
+
+
+def _check_positions(model: PreTrainedModel, longest: int, config: DPOConfig) -> None:
+    """`longest` is the longest sequence in tokens. Learned positions are a limit, rotary ones a range."""
     limit = learned_positions(model)
     wanted = longest if config.max_length in (None, DPOConfig.max_length) else config.max_length
     if limit is not None and wanted > limit:
@@ -156,22 +163,25 @@ def check_fit(
             f"learned positions for {limit}: set max_length={limit} or less"
         )
     text = model.config.get_text_config()
-    trained_on = getattr(text, "max_position_embeddings", None)
+    reach = getattr(text, "max_position_embeddings", None)
+    if limit is not None or reach is None:
+        return
     rope = getattr(text, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or trained_on or longest
+    original = rope.get("original_max_position_embeddings") or reach
     if rope.get("rope_type") in ("dynamic", "longrope") and longest > original:
         raise ValueError(
             f"rope_type={rope['rope_type']!r} computes all sequences of a batch by its longest once that is beyond "
             f"{original} tokens, and the longest here has {longest}: set max_length={original} or less"
         )
-    if limit is None and trained_on and longest > trained_on:
+    if reach == original:  # a scaled config may name the reach before scaling, or after it
+        reach = int(reach * rope.get("factor", 1))
+    if longest > reach:
         logger.warning(
             "the longest sequence has %d tokens, the model was trained on %d: quality beyond that is not known; "
             "rope_scaling or a smaller max_length help",
             longest,
-            trained_on,
+            reach,
         )
-    return checked
 
 
 def _longest(table: Dataset) -> int:
