@@ -6,20 +6,23 @@ Cheap checks come first, so that bad input is refused before a model loads.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from datasets import Dataset, DatasetDict, IterableDataset
+from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
 from fastdpo.attention import backend_report
 from fastdpo.config import DPOConfig
-from fastdpo.data import ID_COLUMNS, check_vocabulary, load_rows, prepare_tokenizer, tokenize_pairs
+from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, prepare_tokenizer, tokenize_pairs
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
 from fastdpo.metrics import RunFiles
@@ -41,6 +44,8 @@ from fastdpo_kernels.linear_logps import method_report
 logger = logging.getLogger(__name__)
 
 Table = Dataset | IterableDataset
+COLUMNS = {"chosen", "chosen_ids"}  # a dict with one of them is a table, and not several
+EVALUATING = {"eval_strategy": ("steps", "epoch"), "save_strategy": ("best",)}  # values that evaluate
 Model = str | PreTrainedModel | PeftModel
 
 
@@ -48,16 +53,24 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
     """What can be told of the models before anything is loaded."""
     if model is None:
         raise ValueError("model is missing: give a name, a path or a loaded causal language model")
-    if ref_model is not None and ref_model is model:
+    if _share_parameters(model, ref_model):
         raise ValueError(
-            "ref_model is the same object as model, so it would train along: leave ref_model out (the reference is "
-            "then model as it is now), or give a copy"
+            "ref_model is the same object as model, or shares its parameters, so it would train along: leave "
+            "ref_model out (the reference is then model as it is now), or give a copy"
         )
     check_model(model, "model", config)
     if ref_model is not None:
         check_model(ref_model, "ref_model", config)
     if not isinstance(model, str):
         refuse_load_options(model, config)
+    prompts = [c for c in (peft_config, *getattr(model, "peft_config", {}).values()) if _is_refused_adapter(c)]
+    if prompts:
+        raise ValueError(
+            f"{type(prompts[0]).__name__} is not supported: it adds virtual tokens, which have no place in packed "
+            "pairs, or needs calls of its own between steps; use LoRA"
+        )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}, expected a config of peft such as LoraConfig")
     if peft_config is not None and config.use_peft:
         raise ValueError("both peft_config and use_peft are given: leave one out")
     if isinstance(model, PeftModel) and (peft_config is not None or config.use_peft):
@@ -65,6 +78,17 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
             "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training "
             "the adapter that is there, or merge it first with model.merge_and_unload()"
         )
+
+
+def _share_parameters(model: Any, ref_model: Any) -> bool:
+    if isinstance(model, str) or not isinstance(ref_model, nn.Module):
+        return False
+    ours = {id(parameter) for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
+    return any(id(parameter) in ours for parameter in ref_model.parameters())
+
+
+def _is_refused_adapter(peft_config: Any) -> bool:
+    return getattr(peft_config, "is_prompt_learning", False) or getattr(peft_config, "peft_type", None) == "ADALORA"
 
 
 def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> Any:
@@ -93,16 +117,20 @@ def build_table(source: Any, tokenizer: Any, config: DPOConfig, name: str, split
     return table
 
 
-def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig) -> dict[str, Table]:
+def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig, prefix: str = "eval") -> dict[str, Table]:
     """One evaluation set under the name "eval", or several named ones ("eval_NAME")."""
     if source is None:
-        if config.eval_strategy != "no":
+        wants = [name for name in ("eval_strategy", "save_strategy") if getattr(config, name) in EVALUATING[name]]
+        wants += ["load_best_model_at_end"] if config.load_best_model_at_end else []
+        if wants:
             raise ValueError(
-                f"eval_strategy={str(config.eval_strategy)!r} needs an eval_dataset: give one, or set it to 'no'"
+                f"{' and '.join(wants)} need an eval_dataset, and there is none: give one, or leave them out"
             )
         return {}
-    several = isinstance(source, Mapping) and not {"chosen", "chosen_ids"} & set(source)
-    named = {f"eval_{key}": value for key, value in source.items()} if several else {"eval": source}
+    several = isinstance(source, Mapping) and not isinstance(source, DatasetDict) and not COLUMNS & set(source)
+    if several and not source:
+        raise ValueError("eval_dataset is an empty dict: give at least one named dataset, or None")
+    named = {f"{prefix}_{key}": value for key, value in source.items()} if several else {prefix: source}
     return {name: build_table(part, tokenizer, config, name, config.dataset_test_split) for name, part in named.items()}
 
 
@@ -126,18 +154,20 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig)
 
 def common_layout(policy: Policy, ref_policy: Policy | None, tokenizer: Any) -> Layout:
     """Packed where both models can, since they see the same batches."""
-    layout = find_layout(policy, tokenizer.pad_token_id)
+    rows = input_embedding(policy.model).weight.shape[0]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id < rows else 0  # masked, so any token serves
+    layout = find_layout(policy, padding)
     if ref_policy is None or not layout.packed:
         return layout
-    other = find_layout(ref_policy, tokenizer.pad_token_id)
+    other = find_layout(ref_policy, padding)
     return other if other.packed else replace(other, reason=f"ref_model: {other.reason}")
 
 
-def build_reference(policy: Policy, ref_policy: Policy | None, layout: Layout, remember: bool) -> Reference:
+def build_reference(policy: Policy, ref_policy: Policy | None, layout: Layout) -> Reference:
     """A given reference model, or what the policy starts as."""
     embedding = input_embedding(policy.model)
-    probe = layout.collate(probe_pairs(embedding.num_embeddings)).to(embedding.weight.device)
-    return find_reference(policy, ref_policy, probe, remember)
+    probe = layout.collate(probe_pairs(embedding.weight.shape[0])).to(embedding.weight.device)
+    return find_reference(policy, ref_policy, probe)
 
 
 def check_fit(
@@ -145,18 +175,17 @@ def check_fit(
 ) -> dict[str, Table]:
     """The tables, after checking that the models have an embedding for every token and a position for every place."""
     model = base_model(policy.model)
-    rows = min(input_embedding(part.model).num_embeddings for part in (policy, ref_policy) if part is not None)
+    rows = min(input_embedding(part.model).weight.shape[0] for part in (policy, ref_policy) if part is not None)
     checked = {name: check_vocabulary(table, rows, tokenizer) for name, table in tables.items()}
-    _check_positions(
-        model, max((_longest(table) for table in tables.values() if isinstance(table, Dataset)), default=0), config
-    )
+    for table in tables.values():
+        _check_positions(model, _longest(table, config), config)
     return checked
 
 
-def _check_positions(model: PreTrainedModel, longest: int, config: DPOConfig) -> None:
+def _check_positions(model: PreTrainedModel, longest: float, config: DPOConfig) -> None:
     """`longest` is the longest sequence in tokens. Learned positions are a limit, rotary ones a range."""
     limit = learned_positions(model)
-    wanted = longest if config.max_length in (None, DPOConfig.max_length) else config.max_length
+    wanted = max(longest, 0 if config.max_length in (None, DPOConfig.max_length) else config.max_length)
     if limit is not None and wanted > limit:
         raise ValueError(
             f"sequences of up to {wanted} tokens (max_length={config.max_length}), but {type(model).__name__} has "
@@ -168,32 +197,42 @@ def _check_positions(model: PreTrainedModel, longest: int, config: DPOConfig) ->
         return
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or reach
-    if rope.get("rope_type") in ("dynamic", "longrope") and longest > original:
+    if rope.get("rope_type") in ("dynamic", "longrope") and wanted > original:
         raise ValueError(
             f"rope_type={rope['rope_type']!r} computes all sequences of a batch by its longest once that is beyond "
-            f"{original} tokens, and the longest here has {longest}: set max_length={original} or less"
+            f"{original} tokens, and there may be {wanted} here: set max_length={original} or less"
         )
     if reach == original:  # a scaled config may name the reach before scaling, or after it
         reach = int(reach * rope.get("factor", 1))
-    if longest > reach:
+    if wanted > reach:
         logger.warning(
-            "the longest sequence has %d tokens, the model was trained on %d: quality beyond that is not known; "
-            "rope_scaling or a smaller max_length help",
-            longest,
+            "sequences may have %s tokens, the model was trained on %d: quality beyond that is not known; rope_scaling "
+            "or a smaller max_length help",
+            wanted,
             reach,
         )
 
 
-def _longest(table: Dataset) -> int:
-    columns: Any = table.select_columns(list(ID_COLUMNS))
-    return max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in columns)
+def _longest(table: Table, config: DPOConfig) -> float:
+    """Tokens of the longest sequence; of a stream, the longest that there may be."""
+    if isinstance(table, IterableDataset):
+        return math.inf if config.max_length is None else config.max_length
+    lengths = [list_lengths(table, column) for column in ID_COLUMNS]
+    return int((lengths[0] + np.maximum(lengths[1], lengths[2])).max())
 
 
-def build_callbacks(callbacks: list[Any] | None, policy: Policy, tokenizer: Any, config: DPOConfig) -> CallbackHandler:
-    """transformers' own flow, progress and reporters, the run's files, then the user's."""
+def find_reporters(config: DPOConfig) -> list[Any]:
+    """What `report_to` names, ready. Raises ValueError where the package of one is not installed."""
+    try:
+        return [reporter() for reporter in get_reporting_integration_callbacks(config.report_to)]
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(f"report_to={config.report_to}: {error}") from error
+
+
+def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config: DPOConfig) -> CallbackHandler:
+    """transformers' own flow and progress, the run's files, then the reporters' and the user's."""
     shown = PrinterCallback if config.disable_tqdm else ProgressCallback
-    reporters = get_reporting_integration_callbacks(config.report_to)
-    every = [DefaultFlowCallback, shown, RunFiles, *reporters, *(callbacks or [])]
+    every = [DefaultFlowCallback, shown, RunFiles, *callbacks]
     handler = CallbackHandler(every, policy.model, tokenizer, None, None)
     for callback in handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and config.logging_dir:

@@ -32,7 +32,9 @@ def save_model(model: PreTrainedModel | PeftModel, processing_class: Any, direct
 def load_weights(model: PreTrainedModel | PeftModel, directory: Path) -> None:
     """Puts the weights that `save_model` wrote back into the model they came from."""
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_peft_weights(str(directory)), adapter_name=model.active_adapters[0])
+        active = model.active_adapters[0]
+        where = directory if active == "default" else directory / active  # where peft writes an adapter of that name
+        set_peft_model_state_dict(model, load_peft_weights(str(where)), adapter_name=active)
         return
     saved = type(model).from_pretrained(str(directory), dtype=model.dtype)
     model.load_state_dict(saved.state_dict())

@@ -64,6 +64,12 @@ def train(argv: list[str]) -> int:
             raise
         print(f"fastdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except Exception as error:  # the outermost edge: an error of a library, which may not say what it is
+        if inputs.traceback:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"fastdpo: error: {text} (--traceback shows where)", file=sys.stderr)
+        return 1
     return 0
 
 

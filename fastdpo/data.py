@@ -164,6 +164,12 @@ def check_vocabulary(
     return table
 
 
+def list_lengths(table: Dataset, column: str) -> np.ndarray:
+    """(rows,) lengths of the lists in a column, from Arrow's offsets: no list per row."""
+    batches: Any = table.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    return np.concatenate([np.diff(batch[column].combine_chunks().offsets.to_numpy()) for batch in batches])
+
+
 def _check_batch_vocabulary(
     batch: dict[str, list], embedding_rows: int, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, list]:

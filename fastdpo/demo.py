@@ -6,8 +6,10 @@ chosen and the rude one rejected. The answers of a pair mostly give the same adv
 is all that there is to learn. The score is taken on questions that neither stage has seen, half of them about subjects
 that DPO has not seen either: manners must carry over to whatever else the model can talk about.
 
-What it gives up: the model is far too small to be of use. It shows the whole way of a run, not what DPO does to a real
-model.
+What it gives up: the model is far too small to be of use, and the phrases of both manners are the same few dozen
+throughout. The held-out pairs were picked so that warmed-up models of two other seeds found the polite answer more
+probable in half of them: the score before DPO is near 0.5 by design. It shows the whole way of a run, not what DPO does
+to a real model.
 """
 
 import argparse
@@ -81,7 +83,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=42, help="seed of the model, the order of rows and the samples")
     parser.add_argument("--pairs", type=int, default=None, help="use only this many training pairs (default: all)")
     parser.add_argument("--warm_up_passes", type=int, default=14, help="passes over the plain text before DPO")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.pairs is not None and options.pairs < 1:
+        parser.error(f"--pairs is {options.pairs}: give a number from 1 up, or leave it out to use all")
+    if options.warm_up_passes < 1:
+        parser.error(f"--warm_up_passes is {options.warm_up_passes}: give a number from 1 up")
+    return options
 
 
 def load_pairs(split: str) -> list[Row]:

@@ -24,9 +24,8 @@ from fastdpo.batch import PreferenceBatch, pack, pad
 from fastdpo.data import TokenPair
 from fastdpo.model import Policy, backbone, base_model, input_embedding
 
-# Rounding of two right computations of a logit, relative to the largest one. A wrong mask moves log-probs by 1e-3 and
-# more.
-# fp64 as fp32: many families compute norms, rotations or softmax in fp32 whatever their weights.
+# Rounding of two right computations of a logit, relative to the largest one: a wrong mask or position moves a trained
+# model's log-probs by far more. fp64 as fp32: many families compute norms, rotations or softmax in fp32 anyway.
 ROUNDING = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 
@@ -53,25 +52,19 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
     ones.
     """
     model = base_model(policy.model)
-    pairs = probe_pairs(input_embedding(model).num_embeddings)
-    training = policy.training
+    pairs = probe_pairs(input_embedding(model).weight.shape[0])
+    training, autocast = policy.training, policy.autocast
+    if all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point()):
+        policy.autocast = None  # the sharper probe, where the weights allow it
     policy.eval()
     try:
         with torch.no_grad():
             expected, tolerance = _model_logps(policy, pairs)
-            _check_padded(policy, pad(pairs, pad_token_id=pad_token_id), expected, tolerance)
-            try:
-                reason = _why_not_packed(policy, pack(pairs), expected, tolerance)
-            except CannotPack as refusal:
-                reason = str(refusal)
-            except torch.OutOfMemoryError:
-                raise
-            except (
-                Exception
-            ) as error:  # any code may stumble over our keywords and the missing mask: that is the answer
-                reason = f"{type(model).__name__} fails on a packed batch: {type(error).__name__}: {error}"
+            noise = _check_padded(policy, pad(pairs, pad_token_id=pad_token_id), expected, tolerance)
+            reason = _why_not_packed(policy, pack(pairs), expected, min(tolerance, max(4 * noise, tolerance / 4)))
     finally:
         policy.train(training)
+        policy.autocast = autocast
     return Layout(not reason, reason or "every attention layer takes packed segments", pad_token_id)
 
 
@@ -93,6 +86,8 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, fl
                 tokens = torch.tensor([[*pair.prompt, *response]], device=device)
                 logits = policy.model(input_ids=tokens, use_cache=False).logits[0]
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                if not logits.isfinite().all():
+                    raise ValueError(f"{type(model).__name__} gives logits that are not finite: are its weights whole?")
                 _check_causal(policy, tokens, logits)
                 largest = max(largest, float(logits.abs().max()))
                 first = len(pair.prompt)
@@ -114,7 +109,8 @@ def _check_causal(policy: Policy, tokens: Tensor, logits: Tensor) -> None:
         )
 
 
-def _check_padded(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float) -> None:
+def _check_padded(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float) -> float:
+    """-> the error of the padded layout, which is rounding."""
     error = _error(policy, batch, expected)
     if not error <= tolerance:
         raise ValueError(
@@ -122,6 +118,7 @@ def _check_padded(policy: Policy, batch: PreferenceBatch, expected: Tensor, tole
             f"model's own by {error:.1e}, more than rounding ({tolerance:.0e}): its head or padding has a form that is "
             "not supported yet"
         )
+    return error
 
 
 def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float) -> str:
@@ -129,8 +126,15 @@ def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, to
     parameters: dict[str, Any] = dict(inspect.signature(backbone(model).forward).parameters)
     if "position_ids" not in parameters:
         return f"{type(model).__name__} takes no position ids"
-    with packed_calls() as calls:
-        error = _error(policy, batch, expected)
+    try:
+        with packed_calls() as calls:
+            error = _error(policy, batch, expected)
+    except CannotPack as refusal:
+        return str(refusal)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # any code may stumble over our keywords and the missing mask: that is the answer
+        return f"{type(model).__name__} fails on a packed batch: {type(failure).__name__}: {failure}"
     config = model.config.get_text_config()
     layers, windows = config.num_hidden_layers, _declared_windows(config)
     if calls.count != layers:

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fastdpo.batch import PreferenceBatch, microbatches
 from fastdpo.config import DPOConfig
-from fastdpo.data import TokenPair, row_key
+from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths, row_key
 from fastdpo.layout import Layout
 
 # Tokens of a micro-batch on a CPU, where `max_tokens_per_microbatch` is unset. 16 pairs of a 20M-parameter Llama took
@@ -32,12 +32,13 @@ class Collate:
     layout: Layout
     max_pairs: int  # a micro-batch, without a token budget
     max_tokens: int | None
+    keyed: bool = True  # rows are named, so that their reference log-probs are remembered
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[PreferenceBatch]:
         pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
         lengths = [self.layout.tokens(pair) for pair in pairs]
         return [
-            self.layout.collate(group, [row_key(pair) for pair in group])
+            self.layout.collate(group, [row_key(pair) for pair in group] if self.keyed else [])
             for indices in microbatches(lengths, self.max_pairs, self.max_tokens)
             for group in [[pairs[index] for index in indices]]
         ]
@@ -53,8 +54,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
         self.lengths: list[int] = []
         if strategy == "group_by_length":
-            columns: Any = table.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-            self.lengths = [sum(map(len, row.values())) for row in columns]
+            self.lengths = sum(list_lengths(table, column) for column in ID_COLUMNS).tolist()  # type: ignore[union-attr]
 
     def __len__(self) -> int:
         return self.rows
@@ -77,7 +77,8 @@ def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOCo
     if isinstance(table, Dataset):
         seed = config.seed if config.data_seed is None else config.data_seed
         sampler = EpochSampler(table, config.train_sampling_strategy, pairs, seed)
-    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config))
+    keyed = isinstance(table, Dataset)  # a stream may never come back to a row
+    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config), keyed)
     return _loader(table, sampler, pairs, collate, config, config.dataloader_drop_last)
 
 

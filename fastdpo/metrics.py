@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastdpo.step import SUMS
+from fastdpo.step import PAIR_METRICS, SUMS, TOKEN_METRICS
 
 _COUNTS = {"entropy": "scored_tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens"}
 _COUNTS["mean_token_accuracy"] = "chosen_tokens"
@@ -42,8 +42,12 @@ class MetricSums:
         sums: dict[str, float] = dict(zip(SUMS, values, strict=False))
         sums["scored_tokens"] = sums["chosen_tokens"] + sums["rejected_tokens"]
         self.sums = None
-        counted = [name for name in SUMS if name not in ("pairs", "chosen_tokens", "rejected_tokens")]
-        return {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in counted}, values[len(SUMS) :]
+        metrics = {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in PAIR_METRICS + TOKEN_METRICS}
+        return metrics, values[len(SUMS) :]
+
+
+def _is_json(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _ratio(total: float, count: float) -> float:
@@ -62,7 +66,8 @@ class RunFiles(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
             with self._path(args).open("a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                row = {key: value if _is_json(value) else None for key, value in state.log_history[-1].items()}
+                file.write(json.dumps(row) + "\n")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,6 +10,7 @@ Legend: P pairs, R rows, T tokens in a row, N scored tokens, D hidden size, V vo
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastdpo.attention import attention_configs, checkpoint_contexts, packed_attention
@@ -69,9 +71,7 @@ def load_model(source: Any, config: DPOConfig, adapters: bool) -> PreTrainedMode
     if not isinstance(source, str):
         return source
     model_config = _model_config(source, config)
-    rope_scaling: Any = config.rope_scaling
-    if rope_scaling:
-        model_config.rope_parameters = {**(getattr(model_config, "rope_parameters", None) or {}), **rope_scaling}
+    _scale_rope(model_config, config.rope_scaling)
     more: Any = config.model_init_kwargs or {}
     options: dict[str, Any] = {"config": model_config, **_where(config), **more}
     if config.attn_implementation:
@@ -87,7 +87,33 @@ def _model_config(name: str, config: DPOConfig) -> Any:
             f"{name} holds an adapter and not a model: load it with "
             "AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) and give that"
         )
-    return AutoConfig.from_pretrained(name, **_where(config))
+    try:
+        return AutoConfig.from_pretrained(name, **_where(config))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{name!r} is neither a directory with a model nor one that the Hub gives "
+            f"(revision {config.model_revision}): {reason}"
+        ) from error
+
+
+def _scale_rope(model_config: Any, scaling: Any) -> None:
+    """Puts `rope_scaling` into the model's config, where it has one set of rotary parameters."""
+    if not scaling:
+        return
+    parameters = getattr(model_config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        raise ValueError(
+            f"rope_scaling was given, but {model_config.model_type} has no rotary embedding, or one a kind of layer: "
+            "leave it out, or set rope_parameters in the model's config.json"
+        )
+    scaling = {("rope_type" if name == "type" else name): value for name, value in scaling.items()}
+    if scaling.get("rope_type") not in ROPE_INIT_FUNCTIONS:
+        raise ValueError(
+            f"rope_scaling={scaling} needs a rope_type out of {', '.join(sorted(ROPE_INIT_FUNCTIONS))}, and its "
+            'numbers, such as {"rope_type": "linear", "factor": 4.0}'
+        )
+    model_config.rope_parameters = {**parameters, **scaling}
 
 
 def _where(config: DPOConfig) -> dict[str, Any]:
@@ -135,13 +161,18 @@ def _lora_config(config: DPOConfig) -> LoraConfig:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear"
-        if config.lora_target_modules in (None, ["all-linear"])
-        else config.lora_target_modules,
+        target_modules=_target_modules(config.lora_target_modules),
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
     )
+
+
+def _target_modules(names: list[str] | None) -> list[str] | str:
+    """Module names as a list; `all-linear` and a regular expression as peft wants them, as one string."""
+    names = names or ["all-linear"]
+    single = len(names) == 1 and (names[0] == "all-linear" or not re.fullmatch(r"[\w.]+", names[0]))
+    return names[0] if single else names
 
 
 def prepare_precision(model: nn.Module, autocast: torch.dtype | None) -> None:
@@ -179,8 +210,12 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def input_embedding(model: nn.Module) -> nn.Embedding:
-    """The token embedding, (V, D)."""
-    return base_model(model).get_input_embeddings()  # type: ignore[return-value]
+    """The token embedding, (V, D), without the adapter that may be around it."""
+    layer: Any = base_model(model).get_input_embeddings()
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.original_module
+    found: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    return found
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
@@ -217,26 +252,6 @@ def _is_noise(attribute: str) -> bool:
     return any(word in attribute for word in ("dropout", "layerdrop", "pdrop", "jitter"))
 
 
-@contextmanager
-def checkpointing(model: nn.Module, kwargs: dict[str, Any] | None) -> Iterator[None]:
-    """Within it, non-reentrant gradient checkpointing whose second run of a block sees the attention of the first."""
-    base = base_model(model)
-    if not base.supports_gradient_checkpointing:
-        raise ValueError(
-            f"{type(base).__name__} does not support gradient checkpointing: set gradient_checkpointing=False"
-        )
-    options = {**(kwargs or {}), "use_reentrant": False, "context_fn": checkpoint_contexts(attention_configs(base))}
-    new_name = hasattr(base, "activation_checkpointing_enable")  # transformers since 5.2x
-    if new_name:
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    try:
-        yield
-    finally:
-        (base.activation_checkpointing_disable if new_name else base.gradient_checkpointing_disable)()
-
-
 @dataclass(frozen=True)
 class Head:
     """The LM head as numbers: logits = softcap * tanh(scale * (W h + b) / softcap)."""
@@ -264,11 +279,11 @@ def output_head(model: PreTrainedModel) -> Head:
     return Head(weight, getattr(base, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
 
 
-def _low_rank_update(layer: Any, adapter: str) -> Tensor:
+def _low_rank_update(tuner: BaseTunerLayer, adapter: str) -> Tensor:
     """scaling * B A, (V, D): an adapter on the head is part of its weight."""
-    plain: bool = type(layer) is LoraLinear and not layer.use_dora.get(adapter) and not layer.lora_bias.get(adapter)
-    dropout: Any = layer.lora_dropout[adapter]
-    if not plain or isinstance(dropout, nn.Dropout) and dropout.p > 0:
+    layer: Any = tuner
+    plain = type(tuner) is LoraLinear and not layer.use_dora.get(adapter) and not layer.lora_bias.get(adapter)
+    if not plain or isinstance(layer.lora_dropout[adapter], nn.Dropout) and layer.lora_dropout[adapter].p > 0:
         raise ValueError(
             f"the adapter {adapter!r} on the LM head ({type(layer).__name__}) is not a plain LoRA without "
             "dropout, DoRA or bias: leave the head out of target_modules, or list it in modules_to_save"
@@ -289,6 +304,7 @@ class Policy(nn.Module):
         self.model = model
         self.autocast = autocast
         self.noisy = noisy
+        self.checkpointed: list[Any] = []  # blocks that checkpoint, while `checkpointing` is on
         self.train(model.training)
         self.configs = attention_configs(model)
 
@@ -316,6 +332,53 @@ class Policy(nn.Module):
         else:
             inputs |= {"position_ids": batch.position_ids, "segments": batch.segments}
             attention = packed_attention(self.configs)
-        with attention:
-            hidden = backbone(base_model(self.model))(**inputs).last_hidden_state
+        checkpointed = self.checkpointed if torch.is_grad_enabled() else []
+        set_checkpointing(checkpointed, True)
+        try:
+            with attention:
+                hidden = backbone(base_model(self.model))(**inputs).last_hidden_state
+        finally:
+            set_checkpointing(checkpointed, False)
         return hidden.flatten(0, 1).index_select(0, batch.logit_rows)
+
+
+@contextmanager
+def checkpointing(policy: Policy, kwargs: dict[str, Any] | None) -> Iterator[None]:
+    """Within it, `policy` checkpoints its blocks (non-reentrant); a second run sees the attention of the first.
+
+    Only inside the policy's own forward: a model with checkpointing on generates without its key-value cache, and
+    transformers then gives wrong tokens. Raises ValueError where the model does not support it.
+    """
+    base = base_model(policy.model)
+    if not base.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(base).__name__} does not support gradient checkpointing: set gradient_checkpointing=False"
+        )
+    modules: list[Any] = [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in modules]
+    options = {**(kwargs or {}), "use_reentrant": False, "context_fn": checkpoint_contexts(policy.configs)}
+    if hasattr(base, "activation_checkpointing_enable"):  # transformers since 5.2x
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    policy.checkpointed = [module for module in modules if module.gradient_checkpointing]
+    set_checkpointing(modules, False)
+    try:
+        yield
+    finally:
+        policy.checkpointed = []
+        for module, (flag, function) in zip(modules, before, strict=True):
+            module.gradient_checkpointing = flag
+            if function is not None:
+                module._gradient_checkpointing_func = function
+
+
+def checkpoints_already(model: nn.Module) -> bool:
+    """Whether the model came with gradient checkpointing switched on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def set_checkpointing(modules: Sequence[Any], on: bool) -> None:
+    """The flag that transformers' blocks read."""
+    for module in modules:
+        module.gradient_checkpointing = on

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdpo.batch import PreferenceBatch
 from fastdpo.model import Policy
@@ -29,11 +29,11 @@ from fastdpo_kernels.pair_loss import sequence_sums
 
 logger = logging.getLogger(__name__)
 
-FROZEN_ADAPTER = "reference"
+FROZEN_ADAPTER = "_fastdpo_reference"
 
 
 class Reference:
-    """Summed reference log-probs of a batch's pairs."""
+    """Summed reference log-probs of a batch's pairs. A batch without keys, of a stream, is not remembered."""
 
     def __init__(
         self,
@@ -41,21 +41,18 @@ class Reference:
         without_policy: Callable[[], AbstractContextManager[object]],
         description: str,
         equals_policy: bool,
-        remember: bool,
     ) -> None:
-        """`policy` computes them inside `without_policy()`; `equals_policy` says whether training starts from the
-        reference.
-        """
+        """`policy` computes them inside `without_policy()`; `equals_policy`: training starts from the reference."""
         self.policy, self.without_policy = policy, without_policy
         self.description, self.equals_policy = description, equals_policy
-        self.memory = ReferenceMemory() if remember else None
+        self.memory = ReferenceMemory()
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         """-> (P, 2) fp64: chosen, rejected."""
-        if self.memory is not None and self.memory.knows(batch):
+        if self.memory.knows(batch):
             return self.memory.recall(batch)
         logps = self.compute(batch)
-        if self.memory is not None:
+        if batch.keys:
             self.memory.store(batch, logps)
         return logps
 
@@ -107,20 +104,44 @@ class ReferenceMemory:
         return slots.to(batch.targets.device, non_blocking=True)
 
 
-def find_reference(policy: Policy, ref_policy: Policy | None, probe: PreferenceBatch, remember: bool) -> Reference:
+def find_reference(policy: Policy, ref_policy: Policy | None, probe: PreferenceBatch) -> Reference:
     """The cheapest right reference for this policy. `probe` is any batch on the policy's device."""
     if ref_policy is not None:
         ref_policy.requires_grad_(False).eval()
-        return Reference(ref_policy, nullcontext, "the given ref_model", False, remember)
+        return Reference(ref_policy, nullcontext, "the given ref_model", False)
     model = policy.model
     if not isinstance(model, PeftModel):
         frozen = Policy(copy.deepcopy(model), policy.autocast).requires_grad_(False).eval()
-        return Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True, remember)
+        return Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True)
     if _adapters_change_nothing(policy, probe):
-        return Reference(policy, model.disable_adapter, "the policy with its adapters off", True, remember)
+        off = keeping_gradients(model, model.disable_adapter)
+        return Reference(policy, off, "the policy with its adapters off", True)
     _freeze_adapter_copy(model)
     description = "a frozen copy of the adapter that training starts from (with adapters off the model is another one)"
-    return Reference(policy, lambda: active_adapter(model, FROZEN_ADAPTER), description, True, remember)
+    frozen_copy = keeping_gradients(model, lambda: active_adapter(model, FROZEN_ADAPTER))
+    return Reference(policy, frozen_copy, description, True)
+
+
+def keeping_gradients(
+    model: PeftModel, switch: Callable[[], AbstractContextManager[object]]
+) -> Callable[[], AbstractContextManager[object]]:
+    """`switch`, after which what the user froze inside of an adapter is frozen still."""
+    before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    with _same_trained(model):
+        with switch():
+            pass
+        woken = [p for p in model.parameters() if p.requires_grad and id(p) not in before]
+
+    @contextmanager
+    def switched() -> Iterator[None]:
+        try:
+            with switch():
+                yield
+        finally:
+            for parameter in woken:
+                parameter.requires_grad_(False)
+
+    return switched if woken else switch
 
 
 @contextmanager
@@ -156,7 +177,7 @@ def _adapters_change_nothing(policy: Policy, probe: PreferenceBatch) -> bool:
     policy.eval()
     try:
         with_adapters, _ = policy(probe)
-        with cast(PeftModel, policy.model).disable_adapter():
+        with _same_trained(policy.model), cast(PeftModel, policy.model).disable_adapter():
             without, _ = policy(probe)
     finally:
         policy.train(training)
@@ -172,10 +193,22 @@ def _freeze_adapter_copy(model: PeftModel) -> None:
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would change the base weights again
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model, adapter_name=active).items()}
-    model.add_adapter(FROZEN_ADAPTER, config)
-    set_peft_model_state_dict(model, state, adapter_name=FROZEN_ADAPTER)
+    with _same_trained(model):
+        if FROZEN_ADAPTER in model.peft_config:  # of an earlier trainer
+            model.delete_adapter(FROZEN_ADAPTER)
+        model.add_adapter(FROZEN_ADAPTER, config)
+        set_peft_model_state_dict(model, state, adapter_name=FROZEN_ADAPTER)
+        model.set_adapter(active)
     for name, parameter in model.named_parameters():
         if f".{FROZEN_ADAPTER}." in name:
-            parameter.requires_grad_(False)
             parameter.data = parameter.data.float()
-    model.set_adapter(active)
+
+
+@contextmanager
+def _same_trained(model: nn.Module) -> Iterator[None]:
+    """What trains is the same on the way out: peft makes all of an adapter train when it becomes active."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (name in trained):
+            parameter.requires_grad_(name in trained)

@@ -18,9 +18,8 @@ from fastdpo.batch import PreferenceBatch
 from fastdpo_kernels.pair_loss import LossTerm, PairLoss, pair_loss, sequence_sums
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
-# What the vector of sums holds, in order; metrics.py divides each by its count.
-SUMS: tuple[str, ...] = (
-    "pairs",
+# What the vector of sums holds, in order: metrics that are means over pairs, counts, means over scored tokens.
+PAIR_METRICS: tuple[str, ...] = (
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -28,13 +27,9 @@ SUMS: tuple[str, ...] = (
     "rewards/margins",
     "logps/chosen",
     "logps/rejected",
-    "chosen_tokens",
-    "rejected_tokens",
-    "entropy",
-    "logits/chosen",
-    "logits/rejected",
-    "mean_token_accuracy",
 )
+TOKEN_METRICS: tuple[str, ...] = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
+SUMS: tuple[str, ...] = ("pairs", *PAIR_METRICS, "chosen_tokens", "rejected_tokens", *TOKEN_METRICS)
 
 
 @dataclass(frozen=True)

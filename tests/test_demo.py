@@ -90,12 +90,19 @@ def test_conclusion_fails_the_run_when_the_model_did_not_learn(tmp_path, capsys)
     assert capsys.readouterr().out.strip().endswith("at least 0.9: learned (1 s in all)")
 
 
+@pytest.mark.parametrize("arguments", [["--pairs", "0"], ["--warm_up_passes", "0"]], ids=["no_pairs", "no_warm_up"])
+def test_a_run_with_nothing_to_learn_from_is_refused_at_once(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(arguments)
+    assert "from 1 up" in capsys.readouterr().err
+
+
 def test_demo_learns_manners_it_did_not_have_and_leaves_its_curves(tmp_path):
-    command = [sys.executable, "-m", "fastdpo.cli", "demo", "--output_dir", str(tmp_path), "--seed", "7"]
+    command = [sys.executable, "-m", "fastdpo.cli", "demo", "--output_dir", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     before, after = map(float, re.search(r"\(ranking\)\s+([\d.]+)\s+([\d.]+)", run.stdout).groups())
-    assert 0.3 <= before <= 0.7 and after >= 0.9
+    assert 0.3 <= before <= 0.7 and after >= before + 0.25
     assert re.search(r"Held-out reward accuracy (0\.9\d|1\.00), at least 0\.9: learned", run.stdout)
     assert run.stdout.count("before DPO:") == run.stdout.count("after DPO:") == 2
     assert (tmp_path / "curves.png").stat().st_size > 5000

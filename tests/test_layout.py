@@ -89,7 +89,7 @@ def test_checkpointing_leaves_logps_and_gradients_bitwise_as_they_are(name: str,
     with without_dropout(model):
         plain, _ = policy(layout(RAGGED))
         expected = gradients(plain, model)
-        with checkpointing(model, None), packed_calls() as calls:
+        with checkpointing(policy, None), packed_calls() as calls:
             logps, _ = policy(layout(RAGGED))
             forward_calls = calls.count
             actual = gradients(logps, model)
@@ -103,7 +103,7 @@ def test_checkpointing_an_adapted_model_gives_the_gradients_of_one_that_is_not()
     model = lora(tiny_model("qwen2"), target_modules="all-linear")
     policy = Policy(model).train()
     expected = gradients(policy(pack(RAGGED))[0], model)
-    with checkpointing(model, {"use_reentrant": False}):
+    with checkpointing(policy, {"use_reentrant": False}):
         actual = gradients(policy(pack(RAGGED))[0], model)
         assert expected and all("lora" in n and torch.equal(actual[n], expected[n]) for n in expected)
 
@@ -128,7 +128,7 @@ def test_attention_and_config_are_as_given_after_a_forward_a_backward_and_an_exc
     policy = Policy(model).train()
     find_layout(policy)
     assert model.training
-    with checkpointing(model, None):
+    with checkpointing(policy, None):
         logps, _ = policy(pack(RAGGED))
         assert implementations(model) == [attention]
         logps.sum().backward()
@@ -165,7 +165,7 @@ def test_generation_is_the_untouched_models_before_between_and_after_training_st
     model = tiny_model(name)
     untouched = generated(copy.deepcopy(model))
     policy = Policy(model).eval()
-    with checkpointing(model, None):
+    with checkpointing(policy, None):
         find_layout(policy)
 
         def assert_untouched(expected: tuple[Tensor, ...]) -> None:
