@@ -32,10 +32,10 @@ from torch.autograd.function import once_differentiable
 
 STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 METHODS = ("auto", "torch")
-# 64 MiB of logits: a chunk of 512 rows at V=32k in fp32 keeps both products of a chunk compute-bound on CPUs, and the
-# trunk's
-# activations of the same rows are larger.
-DEFAULT_WORKSPACE_BYTES = 64 * 2**20
+# On a CPU 64 MiB are 256 rows at V=32k in fp32, enough for both products of a chunk to be compute-bound. A GPU wants
+# a thousand rows at V=128k (unmeasured).
+DEFAULT_WORKSPACE_BYTES = {"cpu": 64 * 2**20}
+DEFAULT_WORKSPACE_BYTES_ELSEWHERE = 2**30
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ class HeadOptions:
     softcap: float | None = None
     temperature: float = 1.0
     stats: tuple[str, ...] = ()
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES["cpu"]
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Statistics that need the logits beside their exponentials."""
+        return "entropy" in self.stats or "mean_logit" in self.stats
 
 
 @dataclass
@@ -81,8 +86,9 @@ def linear_logps(
     Raises ValueError for shapes that do not fit, an unknown statistic or method.
     """
     options = _check(hidden, weight, targets, bias, stats, method)
-    options = HeadOptions(logit_scale, softcap, temperature, options, workspace_bytes or DEFAULT_WORKSPACE_BYTES)
     device = hidden.device.type
+    workspace_bytes = workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES_ELSEWHERE)
+    options = HeadOptions(logit_scale, softcap, temperature, options, workspace_bytes)
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     with torch.autocast(device, enabled=False):
         bias = None if bias is None else bias.to(compute)
@@ -166,7 +172,11 @@ class _LinearLogps(torch.autograd.Function):
 
 
 def _rows_per_chunk(weight: Tensor, options: HeadOptions) -> int:
-    return max(1, options.workspace_bytes // (weight.shape[0] * weight.element_size()))
+    """Rows whose (C, V) tensors, as many as are alive at once, fit the workspace."""
+    exact = torch.promote_types(weight.dtype, torch.float32).itemsize
+    copies = 1 + options.keeps_logits + (options.softcap is not None)
+    a_row = weight.shape[0] * (copies * exact + (weight.element_size() if weight.element_size() < exact else 0))
+    return max(1, options.workspace_bytes // a_row)
 
 
 def _chunk_logits(
@@ -189,8 +199,8 @@ def _chunk_logits(
         logits *= options.logit_scale
     slope = None
     if options.softcap is not None:
-        logits = torch.tanh(logits.div_(options.softcap))
-        slope = 1 - logits * logits
+        logits.div_(options.softcap).tanh_()
+        slope = (logits * logits).neg_().add_(1)
         logits *= options.softcap
     if options.temperature != 1.0:
         logits /= options.temperature
@@ -237,14 +247,19 @@ def _chunk_stats(softmax: _Softmax, targets: Tensor, names: tuple[str, ...]) -> 
     log_total = softmax.total.log()
     values: dict[str, Tensor] = {}
     if "entropy" in names:
-        values["entropy"] = log_total - torch.linalg.vecdot(softmax.exps, softmax.shifted) / softmax.total
+        values["entropy"] = log_total - _row_dots(softmax.exps, softmax.shifted) / softmax.total
     if "mean_logit" in names:
         values["mean_logit"] = softmax.highest + softmax.shifted.mean(-1)
     if "is_top1" in names:
         values["is_top1"] = (softmax.top == targets).to(log_total.dtype)
     if "log_sum_sq_probs" in names:
-        values["log_sum_sq_probs"] = torch.linalg.vecdot(softmax.exps, softmax.exps).log() - 2 * log_total
+        values["log_sum_sq_probs"] = _row_dots(softmax.exps, softmax.exps).log() - 2 * log_total
     return values
+
+
+def _row_dots(left: Tensor, right: Tensor) -> Tensor:
+    """(C, V), (C, V) -> (C,); torch.linalg.vecdot would make their (C, V) product first."""
+    return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0]
 
 
 def _forward(
@@ -256,18 +271,19 @@ def _forward(
         hidden_jacobian=hidden.new_empty(hidden.shape) if with_jacobian else None,
         stats={name: hidden.new_empty(rows, dtype=exact) for name in options.stats},
     )
-    keep_shifted = "entropy" in options.stats or "mean_logit" in options.stats
     step = _rows_per_chunk(weight, options)
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
         logits, slope = _chunk_logits(hidden[chunk], weight, bias, targets[chunk], options)
-        softmax = _softmax(logits, targets[chunk], keep_shifted)
+        softmax = _softmax(logits, targets[chunk], options.keeps_logits)
         result.logps[chunk] = softmax.logps
         for name, value in _chunk_stats(softmax, targets[chunk], options.stats).items():
             result.stats[name][chunk] = value
         if result.hidden_jacobian is not None:
-            gradient = _to_logit_gradient(softmax, slope, targets[chunk], options)
-            result.hidden_jacobian[chunk] = gradient.to(weight.dtype) @ weight
+            gradient = _to_logit_gradient(softmax, slope, targets[chunk], options).to(weight.dtype)
+            result.hidden_jacobian[chunk] = gradient @ weight
+            del gradient
+        del logits, slope, softmax  # before the next chunk's are made
     return result
 
 
@@ -299,6 +315,7 @@ def _backward_trained(
         if grad_weight is not None:  # the C x D hidden chunk takes the upstream factor, not the C x V gradient
             scaled = (hidden[chunk] * upstream[:, None]).to(weight.dtype)
             grad_weight += gradient.T @ scaled
+        del logits, slope, gradient
     return (
         grad_hidden,
         None if grad_weight is None else grad_weight.to(weight.dtype),
