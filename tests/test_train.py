@@ -468,3 +468,148 @@ def test_pairs_of_one_batch_pack_into_one_row_without_padding() -> None:
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]]
     assert batch.targets.tolist() == [4, 5, 6, 8, 9, 9] and batch.cu_seqlens.tolist() == [0, 2, 3, 4, 6]
     assert batch.logit_rows.tolist() == [2, 3, 2, 6, 8, 9]
+
+
+def test_generation_inside_callbacks_is_right_with_checkpointing_on(rows, tokenizer, quick) -> None:
+    """Remembers that transformers drops the key-value cache of a checkpointing model in training mode."""
+    inputs = tokenizer(["Human: what is the answer?"], return_tensors="pt")
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    seen = []
+
+    class Sampling(TrainerCallback):
+        def sample(self, model: Any) -> None:
+            untouched = tiny_llama()
+            untouched.load_state_dict(model.state_dict())
+            expected = untouched.generate(**inputs, **options)
+            seen.append(torch.equal(model.generate(**inputs, **options), expected))  # in whatever mode it is
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.sample(model)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            self.sample(model)
+
+    quick |= {"gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 2}
+    fastdpo.train(tiny_llama(), rows, rows[:3], processing_class=tokenizer, callbacks=[Sampling()], **quick)
+    assert seen == [True] * 6
+
+
+def test_a_model_that_checkpoints_already_trains_alike_and_keeps_its_setting(rows, tokenizer, quick) -> None:
+    plain = fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, **quick)
+    model = tiny_llama()
+    model._set_gradient_checkpointing(True)
+    function = model.model.layers[0]._gradient_checkpointing_func
+    out = fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+    assert all(torch.equal(value, out.model.state_dict()[name]) for name, value in plain.model.state_dict().items())
+    assert model.model.layers[0].gradient_checkpointing
+    assert model.model.layers[0]._gradient_checkpointing_func is function
+
+
+def test_a_config_is_left_as_it_was_given(rows, tokenizer, quick) -> None:
+    """Remembers a learning rate for adapters that went on into full training of another trainer."""
+    del quick["learning_rate"]
+    config = fastdpo.DPOConfig(**quick)
+    for peft_config, expected in ((EVERY_LINEAR, 2e-5), (None, 1e-6)):
+        trainer = fastdpo.DPOTrainer(
+            tiny_llama(), args=config, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config
+        )
+        assert trainer.args.learning_rate == expected and config.learning_rate is None
+
+
+def test_a_wrong_reference_is_found_in_bfloat16_too(rows, tokenizer, quick) -> None:
+    quick |= {"bf16": True, "use_cpu": True}
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(),
+        args=fastdpo.DPOConfig(**quick),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=EVERY_LINEAR,
+    )
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    with pytest.raises(RuntimeError, match="must be 0"):
+        trainer.train()
+
+
+def test_an_added_pad_token_without_an_embedding_row_does_not_matter(rows, quick) -> None:
+    import tokenizers_for_tests
+
+    tokenizer = tokenizers_for_tests.byte_level(pad_token=None)
+    model = tiny_llama(len(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == len(tokenizer) - 1 == model.config.vocab_size
+    out = fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+    assert out.history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_trained_adapter_goes_through_several_trainers_with_the_name_reference_taken(rows, tokenizer, quick) -> None:
+    model = _adapted(True, trained=True)
+    model.add_adapter("reference", EVERY_LINEAR)
+    for _ in "ab":
+        trainer = fastdpo.DPOTrainer(
+            model, args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["rewards/margins"] == 0
+
+
+def test_what_the_user_froze_inside_of_an_adapter_stays_frozen(rows, tokenizer, quick) -> None:
+    for trained in (False, True):  # adapters off, and a frozen copy, as reference
+        model = _adapted(True, trained=trained)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+        before = state(model)
+        out = fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+        for name, value in out.model.state_dict().items():
+            assert torch.equal(value, before[name]) == ("lora_B" not in name), name
+
+
+def test_the_best_of_a_named_adapter_comes_back(rows, tokenizer, quick) -> None:
+    model = get_peft_model(tiny_llama(), EVERY_LINEAR, adapter_name="policy")
+    quick |= {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    out = fastdpo.train(model, rows, rows[:4], tokenizer=tokenizer, load_best_model_at_end=True, **quick)
+    loaded = PeftModel.from_pretrained(tiny_llama(), Path(quick["output_dir"]) / "policy")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded.eval()(ids).logits, out.model(ids).logits)
+
+
+def test_an_eval_dataset_without_a_strategy_is_evaluated_at_the_end(rows, tokenizer, quick) -> None:
+    out = fastdpo.train(tiny_llama(), rows, rows[:4], processing_class=tokenizer, **quick)
+    assert out.metrics["eval_loss"] < math.log(2) and out.history[-1]["eval_loss"] == out.metrics["eval_loss"]
+
+
+def test_evaluate_takes_several_sets_and_checks_their_rows(rows, tokenizer, quick) -> None:
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
+    )
+    metrics = trainer.evaluate({"a": rows[:2], "b": rows[2:5]})
+    assert metrics["eval_a_loss"] == metrics["eval_b_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    with pytest.raises(ValueError, match="embedding has 500 rows"):
+        trainer.evaluate([{"prompt_ids": [600], "chosen_ids": [1, 2], "rejected_ids": [3]}])
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy", "cosine"])
+def test_schedules_that_look_at_the_evaluation_run(schedule, rows, tokenizer, quick) -> None:
+    quick |= {"lr_scheduler_type": schedule, "eval_strategy": "steps", "eval_steps": 1}
+    out = fastdpo.train(tiny_llama(), rows, rows[:3], processing_class=tokenizer, **quick)
+    assert all(row["learning_rate"] > 0 for row in out.history if "learning_rate" in row)
+
+
+def test_evaluation_rows_are_remembered_while_a_stream_trains(rows, tokenizer, quick) -> None:
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(),
+        args=fastdpo.DPOConfig(**quick),
+        train_dataset=stream,
+        eval_dataset=rows[:4],
+        processing_class=tokenizer,
+    )
+    calls: list[int] = []
+    compute = trainer.reference.compute
+    trainer.reference.compute = lambda batch: calls.append(batch.num_pairs) or compute(batch)
+    for _ in "abc":
+        trainer.evaluate()
+    assert sum(calls) == 4
