@@ -19,10 +19,12 @@ check: $(INSTALLED)
 	$(BIN)/pyright
 
 # The tests and benchmarks that need a CUDA device; without one they say so and end. Uses .venv where it is, else python3.
+# COMMIT=... says which code this is where it was copied without its repository.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	$(GPU_PYTHON) -m pytest -m gpu -rs
-	$(GPU_PYTHON) -m benchmarks step --device cuda
+	$(GPU_PYTHON) -m benchmarks step --device cuda $(if $(COMMIT),--commit $(COMMIT))
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

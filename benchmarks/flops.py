@@ -51,19 +51,20 @@ def _attention_rectangles(pair: PairLengths) -> int:
 
 
 def counter() -> FlopCounterMode:
-    """torch's counter, taught what it does not know (torch 2.13): the CPU's attention kernel and the in-place addmm_.
+    """torch's counter, taught what it does not know: the CPU's attention kernel, and how TRL's LM head accumulates.
 
-    TRL's LM head accumulates its backward with addmm_; unseen, a third of that head's policy work would be missing.
+    On a CPU the head's backward ends in addmm_, which torch 2.13 does not count: a third of the head's policy work. On
+    a GPU it ends in addmm with an out_dtype, on which torch's own formula raises a TypeError. A GPU's attention kernels
+    are counted by the same rule as the CPU's, whatever this version of torch makes of grouped queries.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     aten: Any = torch.ops.aten
-    mapping = {
-        aten.addmm_: _addmm,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
+    mapping: dict[Any, Any] = {aten.addmm: _addmm, aten.addmm_: _addmm}
+    for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+        mapping[getattr(aten, f"_scaled_dot_product_{kernel}")] = _attention_forward
+        mapping[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = _attention_backward
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 

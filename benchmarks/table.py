@@ -1,4 +1,7 @@
-"""Markdown from results/*.json; README.md holds it between two markers and a test holds README.md to it."""
+"""Markdown from results/*.json; README.md holds it between two markers and a test holds README.md to it.
+
+Numbers come from the files alone; what is said of a device beside them stands in device.py.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.device import DEVICES
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- begin generated: python -m benchmarks table -->", "<!-- end generated -->"
+LATER = "later"  # the span of all epochs after the first
 
 
 def render(result: dict[str, Any]) -> str:
@@ -27,35 +33,45 @@ def _heading(result: dict[str, Any]) -> str:
     changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
     head = "untied" if parts["untied_head"] else "tied to the embedding"
     return (
-        f"### A training step on the {result['device'].upper()}\n\n"
+        f"### A training step on {DEVICES[result['device']].title}\n\n"
         f"Llama of {_million(parts['total'])} parameters ({_million(parts['trunk'])} trunk, "
         f"{_million(parts['embedding'])} embedding over {work['vocabulary']} tokens, head {head}), "
         f"LoRA r={work['lora_rank']} on all linear modules, {work['dtype']}. {work['pairs']} pairs, "
         f"{work['batch']} an optimizer step, {work['median_tokens']:.0f} tokens a sequence (median; longest "
         f"{work['longest']}), prompts {work['prompt_to_response']:.2f} times as long as a response.\n\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads; load before the runs "
-        f"{result['load_before']:.1f}. Python {result['python']}, {versions}. {result['date']}, commit "
-        f"{result['commit'][:12]}{changes}. Medians of {work['repeat']}."
+        f"{_machine(machine)}; load before the runs {result['load_before']:.1f}. Python {result['python']}, "
+        f"{versions}. {result['date']}, commit {result['commit'][:12]}{changes}. Medians of {work['repeat']}."
     )
 
 
+def _machine(machine: dict[str, Any]) -> str:
+    processor = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if "gpu" not in machine:
+        return processor
+    memory = f"{machine['gpu_memory'] / 2**30:.0f} GiB"
+    return f"{machine['gpu']}, {memory}, driver {machine['driver']}, CUDA {machine['cuda']}; {processor}"
+
+
 def _runs(result: dict[str, Any]) -> str:
-    epochs = list(result["formula_flops_per_pair"])
-    spans = [_span(epoch) for epoch in epochs]
-    header = ["", *(f"pairs/s, {s}" for s in spans), *(f"GFLOP/pair, {s}" for s in spans), "peak MiB", "added MiB"]
-    rows = [
-        [
-            name,
-            *(f"{row['pairs_per_second'][epoch]:.3g}" for epoch in epochs),
-            *(f"{row['flops_per_pair'][epoch] / 1e9:.1f}" for epoch in epochs),
-            f"{row['peak_rss'] / 2**20:.0f}",
-            f"{row['added_rss'] / 2**20:.0f}",
-        ]
-        for name, row in result["configurations"].items()
+    spans = list(result["formula_flops_per_pair"])
+    words = [span_in_words(span) for span in spans]
+    header = ["", "s before training", *(f"pairs/s, {s}" for s in words), *(f"GFLOP/pair, {s}" for s in words)]
+    rows = [[name, *_run(row, spans)] for name, row in result["configurations"].items()]
+    formula = [_giga(value) for value in result["formula_flops_per_pair"].values()]
+    rows.append(["fastdpo, by formula", "", *[""] * len(spans), *formula, "", ""])
+    return _table([*header, "peak MiB", "added MiB"], rows)
+
+
+def _run(row: dict[str, Any], spans: list[str]) -> list[str]:
+    if "failed" in row:
+        return ["failed", *[""] * (2 * len(spans) + 2)]
+    return [
+        f"{row['seconds_before_training']:.1f}",
+        *(f"{row['pairs_per_second'][span]:.3g}" for span in spans),
+        *(_giga(row["flops_per_pair"][span]) if row["flops_per_pair"] else "" for span in spans),
+        f"{row['peak_memory'] / 2**20:.0f}",
+        f"{row['added_memory'] / 2**20:.0f}",
     ]
-    formula = [f"{value / 1e9:.1f}" for value in result["formula_flops_per_pair"].values()]
-    rows.append(["fastdpo, by formula", *[""] * len(epochs), *formula, "", ""])
-    return _table(header, rows)
 
 
 def _ratios(result: dict[str, Any]) -> str:
@@ -73,26 +89,40 @@ def _tuning(tuning: list[dict[str, Any]]) -> str:
         [", ".join(f"{name}={value}" for name, value in row["settings"].items()), f"{row['seconds']:.1f}"]
         for row in sorted(tuning, key=lambda row: row["seconds"])
     ]
-    return "TRL's settings that were tried, rows sorted by length:\n\n" + _table(["settings", "s, 1 epoch"], rows)
+    header = ["settings", f"s, {span_in_words(str(tuning[0]['epochs']))}"]
+    return "TRL's settings that were tried, rows sorted by length:\n\n" + _table(header, rows)
 
 
 def _notes(result: dict[str, Any]) -> str:
-    tuned = ", ".join(f"`{k}={v}`" for k, v in result["configurations"]["TRL tuned"]["spec"]["settings"].items())
-    return "\n".join(
-        [
-            "- Wall time runs from text rows in memory and a built model to a trained model: tokenization, adapters, a "
-            "precomputed reference and training count, imports and building the model do not.",
-            "- First loss ln 2 and every later loss and gradient norm within 1e-3 of fastdpo's on the same rows in the "
-            "same order; without that no number is printed.",
-            "- TRL default is TRL 1.16 as it comes (gradient checkpointing on, reference online) in fp32. It runs "
-            "one epoch; its later epochs do the same work and count as much as the first.",
-            f"- TRL tuned: {tuned}, rows sorted by length. Precomputing the reference counts.",
-            "- TRL scores every position through the LM head where it has no Triton, padding and prompt included; on a "
-            "GPU it skips them. `response rows only` is TRL told to skip them here too: times and memory measured, "
-            "FLOPs by taking the head's products with the other rows off the count.",
-            "- fastdpo runs the reference in the first epoch only. FLOPs are counted by torch, in runs of their own; "
-            "attention counts as full rectangles for both.",
-        ]
+    device, rows = DEVICES[result["device"]], result["configurations"]
+    tuned = ", ".join(f"`{name}={value}`" for name, value in rows["TRL tuned"]["spec"]["settings"].items())
+    default = "TRL default is TRL 1.16 as it comes (gradient checkpointing on, reference online)."
+    if epochs := rows["TRL default"]["spec"]["stop_after"]:
+        default += (
+            f" It runs {span_in_words(str(epochs))}; its later epochs do the same work and count as much as the first."
+        )
+    notes = [
+        "Wall time runs from text rows in memory and a built model to a trained model: tokenization, adapters, a "
+        "precomputed reference and training count, imports and building the model do not.",
+        _gate(result["tolerances"]),
+        default,
+        f"TRL tuned: {tuned}, rows sorted by length. Precomputing the reference counts.",
+        *device.notes,
+        "fastdpo runs the reference in the first epoch only. FLOPs are counted by torch, in runs of their own; "
+        "attention counts as full rectangles for both.",
+        *(f"{name} failed: `{row['failed']}`" for name, row in rows.items() if "failed" in row),
+        *(f"FLOPs of {name} could not be counted: `{why}`" for name, why in result["uncounted"].items()),
+    ]
+    return "\n".join(f"- {note}" for note in notes)
+
+
+def _gate(tolerances: dict[str, Any]) -> str:
+    absolute, relative = tolerances["loss_absolute"], tolerances["loss_relative"]
+    loss = [f"{absolute:g}"] * bool(absolute) + [f"{100 * relative:g}%"] * bool(relative)
+    return (
+        f"First loss within {tolerances['first_loss']:g} of ln 2, every later loss within {' or '.join(loss)} and "
+        f"gradient norm within {100 * tolerances['grad_norm_relative']:g}% of fastdpo's on the same rows in the same "
+        f"order; without that no number is printed. {tolerances['why']}"
     )
 
 
@@ -101,18 +131,25 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _span(epoch: str) -> str:
-    return f"{epoch} epoch" + ("" if epoch == "1" else "s")
+def span_in_words(span: str) -> str:
+    return "later epochs" if span == LATER else f"{span} epoch" + ("" if span == "1" else "s")
 
 
 def _million(count: int) -> str:
     return f"{count / 1e6:.1f}M"
 
 
+def _giga(count: float) -> str:
+    return f"{count / 1e9:.1f}"
+
+
 def generated(folder: Path = RESULTS) -> str:
-    """Everything results/ holds, as it stands between the markers."""
-    files = sorted(folder.glob("*.json"))
-    return "\n".join(render(json.loads(file.read_text())) for file in files) or "No results yet.\n"
+    """A table for each file of results/, and what no file holds yet, as it stands between the markers."""
+    parts = [render(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+    missing = [device for device in DEVICES.values() if not (folder / f"step-{device.name}.json").exists()]
+    if missing:
+        parts.append("\n".join(["### Not yet measured\n", *(f"- {device.unmeasured}" for device in missing)]) + "\n")
+    return "\n".join(parts)
 
 
 def between_markers(readme: str) -> str:

@@ -1,4 +1,4 @@
-"""What both trainers are given: a 20M-parameter Llama and preference pairs shaped like HH-RLHF, made without a network.
+"""What both trainers are given: a random Llama and preference pairs shaped like HH-RLHF, made without a network.
 
 The lengths follow HH-RLHF (a median of 186 tokens a sequence, prompts 2.15 times as long as a response); the tokens are
 random, because cost depends on shapes only. Rows are text over a word-level vocabulary rather than token ids: TRL 1.16
@@ -8,15 +8,16 @@ tokenizes whatever it is given, so both trainers read the same text and do that 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp
 from statistics import NormalDist, median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-VOCABULARY = 32_000
+VOCABULARY = 32_000  # words of the rows; a model may have room for more
 PAD, END, FIRST_WORD = 0, 1, 2  # token ids; every id from FIRST_WORD on is a word `w<id>`
 MAX_LENGTH = 1024  # the default of both trainers; no row is longer, so truncation never enters
 
@@ -100,31 +101,21 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
 
 
-def model_config() -> LlamaConfig:
-    """20M parameters with a trunk larger than the head, as real models have; grouped-query attention as in Llama 3."""
+def model_config(shape: Mapping[str, int]) -> LlamaConfig:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_LENGTH,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=END,
-    )
+    options: dict[str, Any] = {"tie_word_embeddings": True, "pad_token_id": PAD, "eos_token_id": END, **shape}
+    return LlamaConfig(bos_token_id=None, **options)
 
 
-def build_model(seed: int = 0) -> LlamaForCausalLM:
+def build_model(shape: Mapping[str, int], dtype: str, place: str, seed: int = 0) -> PreTrainedModel:
+    """Random weights of that dtype, drawn where they stay: the same for the same seed, place and machine."""
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(model_config()).float()
+    with torch.device(place):
+        return AutoModelForCausalLM.from_config(model_config(shape), dtype=getattr(torch, dtype))
 
 
 def parameter_counts(config: LlamaConfig) -> dict[str, int]:

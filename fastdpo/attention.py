@@ -6,10 +6,9 @@ rejected response sees the prompt and i + 1 of its own tokens. Rotary embeddings
 position ids.
 
 The function is registered with transformers under a name of its own and set on a model's configs only inside
-`packed_attention`,
-which restores them on exit and on exceptions: generation and callbacks see the model as it was given. Checkpointed
-blocks run
-again in the backward, outside of that context; `checkpoint_contexts` gives them the same one.
+`packed_attention`, which restores them on exit and on exceptions: generation and callbacks see the model as it was
+given. Checkpointed blocks run again in the backward, outside of that context; `checkpoint_contexts` gives them the same
+one.
 
 Backend: scaled_dot_product_attention segment by segment, plain matrix products where a logit softcap asks for them.
 """

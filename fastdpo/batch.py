@@ -8,9 +8,8 @@ and to themselves, and their positions restart at the prompt's end:
     positions    0  1  2 |  3  4 |  3  4  5        queries of segment B: r       keys: p, r (gathered)
 
 Padded, for models that cannot: one sequence a row, chosen and rejected interleaved, right-padded. Either way
-`logit_rows` names the
-hidden rows that predict a response token, so prompt rows never reach the LM head, and `targets` and `cu_seqlens` are
-the same.
+`logit_rows` names the hidden rows that predict a response token, so prompt rows never reach the LM head, and `targets`
+and `cu_seqlens` are the same.
 
 Legend: P pairs, T tokens in a row, R rows (1 packed, 2P padded), N scored tokens, S = 2P segments, K gathered keys.
 """

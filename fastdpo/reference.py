@@ -1,12 +1,9 @@
 """Where reference log-probs come from, and the memory that keeps them from being computed twice.
 
 Chosen once, before the loop: the policy's own base with the adapters off, a frozen copy of the adapter that training
-started from,
-a second model, or a frozen copy of the whole policy. The pass takes the same code path and arithmetic as the policy's,
-so before the
-first update every margin is exactly 0. The reference does not change during a run, so its log-probs are remembered by
-row: epochs
-after the first, and evaluations after the first, never run it again.
+started from, a second model, or a frozen copy of the whole policy. The pass takes the same code path and arithmetic as
+the policy's, so before the first update every margin is exactly 0. The reference does not change during a run, so its
+log-probs are remembered by row: epochs after the first, and evaluations after the first, never run it again.
 
 Legend: P pairs.
 """

@@ -74,6 +74,11 @@ def split_row(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
         if isinstance(prompt, list):
             # the prompt repeated at the head of both conversations is still only once the prompt
             repeated = 0 < len(prompt) <= shared and chosen[: len(prompt)] == prompt
+            if not repeated and any(answer[0].get("role") == "user" for answer in (chosen, rejected)):
+                raise ValueError(
+                    f"{where}: the prompt is not how chosen and rejected begin, which are conversations of their own: "
+                    f"{str(prompt)[:80]} and {str(chosen[:1])[:80]}. Give the answers alone, or leave out the prompt."
+                )
             return (prompt, chosen[len(prompt) :], rejected[len(prompt) :]) if repeated else (prompt, chosen, rejected)
         if shared > 0 and (prompt is None or chosen[shared - 1].get("content") == prompt):
             return chosen[:shared], chosen[shared:], rejected[shared:]

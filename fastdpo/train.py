@@ -1,7 +1,6 @@
 """The trainer: build everything once, then a loop without branches on kinds.
 
-    rows -> TokenPair -> PreferenceBatch -> token log-probs -> pair losses -> backward, optimizer step, one line in the
-    log
+    rows -> TokenPair -> PreferenceBatch -> token log-probs -> pair losses -> backward, optimizer step, log line
 
 The optimizer sees exactly `per_device_train_batch_size * gradient_accumulation_steps` pairs a step. They are computed
 in micro-batches, each loss normalised by the step's own number of pairs, so gradients do not depend on the split.
@@ -56,8 +55,7 @@ class DPOTrainer:
     """Trains `model` from preference pairs.
 
     model, ref_model: a name, a path, or a loaded PreTrainedModel or PeftModel. Without ref_model the reference is the
-    model as it
-    is given: its base with the adapters off, or a frozen copy.
+        model as it is given: its base with the adapters off, or a frozen copy. ref_model is frozen and stays so.
     args: a DPOConfig (TRL's DPOConfig and TrainingArguments are converted).
     train_dataset, eval_dataset: whatever `fastdpo.data.load_rows` takes; eval_dataset may also map names to such.
     processing_class: the tokenizer, also accepted as `tokenizer`; by default the one that comes with the model.

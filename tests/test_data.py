@@ -387,3 +387,11 @@ def test_row_keys_tell_apart_rows_with_the_same_ids_split_elsewhere():
     keys = {row_key(TokenPair(*row)) for row in rows}
     assert len(keys) == 5 and {len(key) for key in keys} == {16}
     assert row_key(TokenPair([1, 2], [3], [4])) == row_key(TokenPair([1, 2], [3], [4]))
+
+
+def test_a_chat_prompt_that_is_not_how_the_answers_begin_is_refused(tokenizer):
+    user, other = ({"role": "user", "content": text} for text in ("hello", "what is the answer?"))
+    answer = {"role": "assistant", "content": "quite well"}
+    row = {"prompt": [user], "chosen": [other, answer], "rejected": [other, answer | {"content": "no"}]}
+    with pytest.raises(ValueError, match="the prompt is not how chosen and rejected begin"):
+        pairs_of([row], tokenizer)

@@ -13,11 +13,9 @@ three. A head that trains recomputes its chunks in the backward, accumulating d 
 Legend: N scored tokens, D hidden size, V vocabulary, C rows of a chunk.
 
 Numerics: products in the dtype of `hidden` (the autocast dtype under autocast); log-sum-exp, statistics and results in
-fp32 (fp64
-for fp64 input). The target's logit is an fp32 dot of h_n with W[y_n], and that value also stands in the target's column
-before
-the log-sum-exp: with rounded logits a token of probability near 1 would otherwise get a positive log-prob.
-Deterministic.
+fp32 (fp64 for fp64 input). The target's logit is an fp32 dot of h_n with W[y_n], and that value also stands in the
+target's column before the log-sum-exp: with rounded logits a token of probability near 1 would otherwise get a positive
+log-prob. Deterministic.
 """
 
 from __future__ import annotations
