@@ -1,4 +1,4 @@
-"""Markdown from results/*.json; README.md holds it between two markers and a test holds README.md to it.
+"""Markdown from results/*.json; two README.md hold it between markers, and a test holds them to it.
 
 Numbers come from the files alone; what is said of a device beside them stands in device.py.
 """
@@ -14,6 +14,7 @@ from benchmarks.device import DEVICES
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
+FRONT_PAGE = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin generated: python -m benchmarks table -->", "<!-- end generated -->"
 LATER = "later"  # the span of all epochs after the first
 
@@ -152,20 +153,36 @@ def generated(folder: Path = RESULTS) -> str:
     return "\n".join(parts)
 
 
+def summary(folder: Path = RESULTS) -> str:
+    """The front page's table: the runs of each file of results/ in one line each, without their details."""
+    parts = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text())
+        work, machine = result["workload"], result["machine"]
+        spans = list(result["formula_flops_per_pair"])
+        rows = [[name, *_run(row, spans)[1:-1]] for name, row in result["configurations"].items()]
+        words = [span_in_words(span) for span in spans]
+        header = ["", *(f"pairs/s, {s}" for s in words), *(f"GFLOP/pair, {s}" for s in words), "peak MiB"]
+        parts.append(
+            f"{_million(work['parameters']['total'])} Llama, LoRA r={work['lora_rank']}, {work['dtype']}, pairs as long as "
+            f"HH-RLHF's, {_machine(machine)}, {result['date']}:\n\n{_table(header, rows)}\n"
+        )
+    return "\n".join(parts)
+
+
 def between_markers(readme: str) -> str:
     return readme.split(BEGIN + "\n", 1)[1].split(END, 1)[0]
 
 
 def main(check: bool) -> int:
-    """Writes the tables, or with `check` only says whether they are what results/ holds."""
-    readme = README.read_text()
-    if check:
-        if between_markers(readme) == generated():
-            return 0
-        print(
-            f"error: the tables of {README} are not those of {RESULTS}: run python -m benchmarks table", file=sys.stderr
-        )
-        return 1
-    README.write_text(readme.replace(BEGIN + "\n" + between_markers(readme), BEGIN + "\n" + generated()))
-    print(f"tables of {README} written from {RESULTS}")
-    return 0
+    """Writes the tables of both pages, or with `check` only says whether they are what results/ holds."""
+    drifted = 0
+    for page, text in ((README, generated()), (FRONT_PAGE, summary())):
+        readme = page.read_text()
+        if check and between_markers(readme) != text:
+            print(f"error: the tables of {page} are not those of {RESULTS}: run python -m benchmarks table", file=sys.stderr)
+            drifted = 1
+        elif not check:
+            page.write_text(readme.replace(BEGIN + "\n" + between_markers(readme), BEGIN + "\n" + text))
+            print(f"tables of {page} written from {RESULTS}")
+    return drifted
