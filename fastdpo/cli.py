@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import sys
@@ -74,8 +73,10 @@ def train(argv: list[str]) -> int:
 
 
 def _train(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
-    _show_messages()
     from fastdpo.config import DPOConfig
+    from fastdpo.messages import show_messages
+
+    show_messages()
 
     config = DPOConfig(**options)
     if config.do_predict:
@@ -118,14 +119,6 @@ def _from_hub(name: str, split: str, inputs: argparse.Namespace) -> Any:
             f"dataset_config and dataset_streaming are for datasets of the Hub, and {name} is here: drop them."
         )
     return datasets.load_dataset(name, inputs.dataset_config, split=split, streaming=inputs.dataset_streaming)
-
-
-def _show_messages() -> None:
-    """Plain lines on stderr from every module of fastdpo."""
-    messages = logging.getLogger("fastdpo")
-    if not messages.handlers and not logging.getLogger().handlers:
-        messages.addHandler(logging.StreamHandler())
-    messages.setLevel(logging.INFO)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -117,9 +117,6 @@ def truncate(pair: TokenPair, limits: Limits | DPOConfig) -> TokenPair:
     return TokenPair(prompt, *answers)
 
 
-# ---- the tokenizer ----
-
-
 def prepare_tokenizer(tokenizer: Any) -> None:
     """Check that the object can tokenize text, and give it a pad token if it has none (said in the log)."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -176,9 +173,6 @@ def _check_batch_vocabulary(
     largest = max((max(ids) for column in ID_COLUMNS for ids in batch[column] if ids), default=-1)
     check_vocabulary(largest, embedding_rows, tokenizer)
     return {column: batch[column] for column in ID_COLUMNS}
-
-
-# ---- rows to tokens ----
 
 
 class _Row(NamedTuple):
@@ -324,9 +318,6 @@ def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     raise ValueError(
         f"The tokenizer writes 'a' as {bare} alone and as {full} with special tokens: cannot tell its BOS."
     )
-
-
-# ---- tables ----
 
 
 def tokenize_pairs(

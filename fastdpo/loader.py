@@ -6,6 +6,7 @@ collation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,3 +113,24 @@ def _loader(
         persistent_workers=config.dataloader_persistent_workers,
         prefetch_factor=config.dataloader_prefetch_factor,
     )
+
+
+def length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
+    """-> optimizer steps and epochs of a run over a train loader."""
+    if isinstance(loader.dataset, IterableDataset):
+        return args.max_steps, 1
+    if not len(loader):
+        raise ValueError(
+            "train_dataset is smaller than one batch, and dataloader_drop_last=True drops it: set it to False"
+        )
+    if args.max_steps > 0:
+        return args.max_steps, args.max_steps / len(loader)
+    return math.ceil(args.num_train_epochs * len(loader)), args.num_train_epochs
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Another order of the rows for each epoch."""
+    if isinstance(loader.dataset, IterableDataset):
+        loader.dataset.set_epoch(epoch)
+    else:
+        loader.sampler.epoch = epoch  # type: ignore[attr-defined]

@@ -22,33 +22,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainerState, get_scheduler
-from transformers.trainer_pt_utils import get_parameter_names
+from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
 
 from fastdpo import build, checkpoint
 from fastdpo.batch import PreferenceBatch
 from fastdpo.config import DPOConfig
-from fastdpo.loader import eval_loader, train_loader
+from fastdpo.loader import eval_loader, length_of_run, set_epoch, train_loader
 from fastdpo.losses import loss_terms
+from fastdpo.messages import show_messages
 from fastdpo.metrics import MetricSums
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
+from fastdpo.optimizer import STEPPED_BY_EVALUATION, build_optimizer
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
 from fastdpo_kernels.pair_loss import PairLoss
 
 logger = logging.getLogger(__name__)
-
-STEPPED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules that look at metric_for_best_model
-NO_WEIGHT_DECAY = (
-    r"bias",
-    r"layernorm",
-    r"rmsnorm",
-    r"(?:^|\.)norm(?:$|\.)",
-    r"_norm(?:$|\.)",
-)  # as transformers' Trainer has it
 
 
 class DPOTrainer:
@@ -79,7 +71,7 @@ class DPOTrainer:
     ) -> None:
         if tokenizer is not None and processing_class is not None:
             raise ValueError("processing_class and tokenizer are two names for one argument: give one of them")
-        _log_to_stderr(args)
+        show_messages(args)
         # a copy: what the run resolves, such as the learning rate, is not written into a config that others may share
         self.args = args = copy.copy(DPOConfig.from_arguments(DPOConfig() if args is None else args))
         args.validate()
@@ -140,8 +132,9 @@ class DPOTrainer:
         started = time.time()
         self._start_engine()
         loader = train_loader(self.train_dataset, self.layout, args)
-        steps, epochs = _length_of_run(loader, args)
-        self._build_optimizer(steps)
+        steps, epochs = length_of_run(loader, args)
+        self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps)
+        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
         self.state = TrainerState(
             max_steps=steps, num_train_epochs=math.ceil(epochs), train_batch_size=args.train_batch_size
         )
@@ -149,7 +142,8 @@ class DPOTrainer:
         self.state.is_local_process_zero = self.accelerator.is_local_main_process
         self.state.compute_steps(args, steps)
         self.control = TrainerControl()
-        self._running = _Running(step=self._preference_step())
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._running = _Running(self._preference_step(), trained)
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
@@ -169,7 +163,7 @@ class DPOTrainer:
         length = len(loader) if isinstance(self.train_dataset, Dataset) else steps
         epoch = 0
         while self.state.global_step < steps and not self.control.should_training_stop:
-            _set_epoch(loader, epoch)
+            set_epoch(loader, epoch)
             self.control = handler.on_epoch_begin(args, self.state, self.control)
             count = 0
             for count, batches in enumerate(loader, 1):  # noqa: B007 (an epoch's length may be unknown before)
@@ -205,7 +199,7 @@ class DPOTrainer:
                 self.control = handler.on_substep_end(args, self.state, self.control)
         self.scaler.unscale_(self.optimizer)
         if args.max_grad_norm:
-            running.grad_norm = self.accelerator.clip_grad_norm_(self.trained, args.max_grad_norm)
+            running.grad_norm = self.accelerator.clip_grad_norm_(running.trained, args.max_grad_norm)
         self.control = handler.on_pre_optimizer_step(args, self.state, self.control)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -385,32 +379,13 @@ class DPOTrainer:
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.accelerator.num_processes} processes were launched: this version trains in one")
 
-    def _build_optimizer(self, steps: int) -> None:
-        args = self.args
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, self.model)
-        decayed = set(get_parameter_names(self.model, [torch.nn.LayerNorm], list(NO_WEIGHT_DECAY)))
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for n, p in named if n in decayed], "weight_decay": args.weight_decay},
-            {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
-        ]
-        self.optimizer = optimizer_class([group for group in groups if group["params"]], **options)
-        self.lr_scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]
-        )
-        self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
-
 
 @dataclass
 class _Running:
     """What a training run carries from step to step."""
 
     step: PreferenceStep
+    trained: list[Tensor]
     tokens: int = 0
     pairs: int = 0
     learning_rate: float = 0.0
@@ -429,40 +404,9 @@ class _Running:
         self.logged_steps = step
 
 
-def _length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
-    """-> optimizer steps and epochs of the run."""
-    if isinstance(loader.dataset, IterableDataset):
-        return args.max_steps, 1
-    if not len(loader):
-        raise ValueError(
-            "train_dataset is smaller than one batch, and dataloader_drop_last=True drops it: set it to False"
-        )
-    if args.max_steps > 0:
-        return args.max_steps, args.max_steps / len(loader)
-    return math.ceil(args.num_train_epochs * len(loader)), args.num_train_epochs
-
-
-def _set_epoch(loader: DataLoader, epoch: int) -> None:
-    if isinstance(loader.dataset, IterableDataset):
-        loader.dataset.set_epoch(epoch)
-    else:
-        loader.sampler.epoch = epoch  # type: ignore[attr-defined]
-
-
 def _best_key(args: DPOConfig) -> str:
     name = str(args.metric_for_best_model)
     return name if name.startswith("eval_") else f"eval_{name}"
-
-
-def _log_to_stderr(args: Any) -> None:
-    """Plain lines on stderr, unless the program has set up logging of its own."""
-    package = logging.getLogger("fastdpo")
-    if package.level == logging.NOTSET:
-        package.setLevel(logging.INFO)
-    if getattr(args, "log_level", "passive") != "passive":
-        package.setLevel(args.get_process_log_level())
-    if not package.handlers and not logging.getLogger().handlers:
-        package.addHandler(logging.StreamHandler())
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,6 @@ def _log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(logging.getLogger("fastdpo"), "propagate", True)
 
 
-# ---- the tokens of a row ----
-
-
 def test_explicit_strings_are_tokenized_jointly_and_end_with_one_eos(tokenizer):
     (pair,) = pairs_of([PLAIN], tokenizer)
     assert texts_of(pair, tokenizer) == (PLAIN["prompt"], " I am well.</s>", " Go away!</s>")
@@ -120,9 +117,6 @@ def test_random_texts_keep_their_joint_tokens(make):
     expected = [expected_pair(row, tokenizer) for row in rows]
     expected = [pair for pair in expected if pair.chosen != pair.rejected and (pair.prompt or len(pair.chosen) > 1)]
     assert pairs_of(rows, tokenizer) == expected and len(expected) > 100
-
-
-# ---- shapes ----
 
 
 def test_an_implicit_prompt_is_what_both_texts_share(tokenizer):
@@ -223,9 +217,6 @@ def test_token_ids_are_taken_as_they_are(tokenizer):
     assert pairs_of([row], tokenizer) == [TokenPair([1, 2], [3, 4], [5])]
 
 
-# ---- tables and streams ----
-
-
 def test_rows_do_not_depend_on_the_number_of_processes(tokenizer):
     rows = [{**PLAIN, "chosen": f" {n}" if n % 7 else ""} for n in range(60)]
     assert pairs_of(rows, tokenizer, dataset_num_proc=2) == pairs_of(rows, tokenizer)
@@ -273,9 +264,6 @@ def test_a_stream_gives_the_pairs_of_its_table_and_counts_its_drops(tokenizer, c
         [p.prompt, p.chosen, p.rejected] for p in pairs_of(rows, tokenizer)
     ]
     assert "train, so far: 8 rows, 4 kept, dropped 4 with an empty completion, 0 with chosen equal" in caplog.text
-
-
-# ---- truncation ----
 
 
 def random_case(generator: random.Random) -> tuple[TokenPair, Limits]:
@@ -338,9 +326,6 @@ def test_a_pair_that_fits_is_untouched():
 def test_truncation_by_hand(limits, prompt, answers):
     cut = truncate(TokenPair(list(range(10)), list(range(20, 26)), list(range(30, 33))), limits)
     assert (cut.prompt, (len(cut.chosen), len(cut.rejected))) == (prompt, answers)
-
-
-# ---- what is dropped, said and shown ----
 
 
 def test_rows_that_teach_nothing_are_dropped_and_counted(tokenizer, caplog):

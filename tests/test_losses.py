@@ -53,9 +53,6 @@ def assert_relative(got: Tensor, expected: Sequence | float | Tensor, relative: 
     torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), rtol=relative, atol=0)
 
 
-# ---- golden figures ----
-
-
 def golden_0_11(case: dict[str, Any]) -> tuple[PairLoss, Tensor]:
     """Each sequence is one token with the sequence's log-prob; d mean loss / d it, (6,) in TRL's order."""
     policy, reference = (torch.tensor(case[name]).view(2, -1).T for name in ("policy_logps", "ref_logps"))
@@ -122,9 +119,6 @@ def test_every_declared_loss_has_figures_of_both_versions() -> None:
         assert {case["loss"] for case in golden["cases"]} >= set(LOSSES)
 
 
-# ---- properties of every formula ----
-
-
 @pytest.mark.parametrize("smoothing", SMOOTHINGS)
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
 @pytest.mark.parametrize("name", LOSSES)
@@ -188,9 +182,6 @@ def test_at_the_reference_margins_are_exactly_zero_and_sigmoid_is_ln_2() -> None
         assert (result.losses - math.log(2)).abs().max() <= 1e-6
 
 
-# ---- sums of losses ----
-
-
 def test_a_weighted_list_is_the_weighted_sum_of_its_losses() -> None:
     pairs = [[0.7, -1.2], [-3.0, 0.4], [20.0, 5.0]]
     hyper = {"beta": 0.2, "label_smoothing": 0.15}
@@ -214,9 +205,6 @@ def test_a_loss_reads_its_own_hyper_parameters_from_the_config() -> None:
     hyper = {"beta": 0.2, "label_smoothing": 0.15}
     taken = [dict(term.hyper) for term in terms_of("sigmoid", "hinge", "ipo", **hyper)]
     assert taken == [hyper, {"beta": 0.2}, {"beta": 0.2}]
-
-
-# ---- lengths ----
 
 
 def test_ipo_divides_each_side_by_its_own_scored_tokens() -> None:

@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "step": {"batch", "losses", "model"},
     "metrics": {"step"},
     "checkpoint": {"reference"},
+    "messages": set(),
+    "optimizer": {"config"},
 }
 
 

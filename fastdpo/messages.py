@@ -1,0 +1,17 @@
+"""What a run says: plain lines on stderr from every module of fastdpo."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+
+def show_messages(config: Any = None) -> None:
+    """Shows the package's messages unless the program has set up logging of its own; `config.log_level` is heeded."""
+    package = logging.getLogger("fastdpo")
+    if package.level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    if getattr(config, "log_level", "passive") != "passive":
+        package.setLevel(config.get_process_log_level())
+    if not package.handlers and not logging.getLogger().handlers:
+        package.addHandler(logging.StreamHandler())

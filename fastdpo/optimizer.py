@@ -1,0 +1,35 @@
+"""The optimizer and its schedule, by the names that transformers has for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
+
+from fastdpo.config import DPOConfig
+
+STEPPED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules that look at metric_for_best_model
+# Parameters without weight decay, as transformers' Trainer has them
+NO_WEIGHT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+
+
+def build_optimizer(model: nn.Module, config: DPOConfig, steps: int) -> tuple[Any, Any]:
+    """-> `optim` over everything that trains, with weight decay on all but norms and biases; a schedule of `steps`."""
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(config, model)  # type: ignore[arg-type]
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_WEIGHT_DECAY))
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = optimizer_class([group for group in groups if group["params"]], **options)
+    scheduler = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
+    )
+    return optimizer, scheduler
