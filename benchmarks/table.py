@@ -180,11 +180,8 @@ def main(check: bool) -> int:
     for page, text in ((README, generated()), (FRONT_PAGE, summary())):
         readme = page.read_text()
         if check and between_markers(readme) != text:
-            print(
-                f"error: the tables of {page} are not those of {RESULTS}: run python -m benchmarks table",
-                file=sys.stderr,
-            )
             drifted = 1
+            print(f"error: {page} has other tables than {RESULTS}: run python -m benchmarks table", file=sys.stderr)
         elif not check:
             page.write_text(readme.replace(BEGIN + "\n" + between_markers(readme), BEGIN + "\n" + text))
             print(f"tables of {page} written from {RESULTS}")
