@@ -164,8 +164,8 @@ def summary(folder: Path = RESULTS) -> str:
         words = [span_in_words(span) for span in spans]
         header = ["", *(f"pairs/s, {s}" for s in words), *(f"GFLOP/pair, {s}" for s in words), "peak MiB"]
         parts.append(
-            f"{_million(work['parameters']['total'])} Llama, LoRA r={work['lora_rank']}, {work['dtype']}, pairs as long as "
-            f"HH-RLHF's, {_machine(machine)}, {result['date']}:\n\n{_table(header, rows)}\n"
+            f"{_million(work['parameters']['total'])} Llama, LoRA r={work['lora_rank']}, {work['dtype']}, pairs as "
+            f"long as HH-RLHF's, {_machine(machine)}, {result['date']}:\n\n{_table(header, rows)}\n"
         )
     return "\n".join(parts)
 
