@@ -252,6 +252,8 @@ def describe(policy: Policy, layout: Layout, reference: Reference, config: DPOCo
     logger.info("device: %s, matrix products in %s, dropout %s", device, products, "on" if policy.noisy else "off")
     logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)
     logger.info("reference: %s", reference.description)
+    if getattr(base_model(policy.model).config.get_text_config(), "output_router_logits", False):
+        logger.warning("the model's config asks for a router's auxiliary loss, which is not added in this version")
     if config.attn_implementation and layout.packed:
         logger.info("attention outside of packed batches (generation): %s, as asked for", config.attn_implementation)
     for name, path in (*method_report(), *(backend_report() if layout.packed else [])):

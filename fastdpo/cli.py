@@ -142,6 +142,7 @@ def training_parser() -> _Parser:
     parser = _Parser(
         prog="fastdpo train",
         usage="fastdpo train --model MODEL --train_dataset ROWS --output_dir OUT [options]",
+        epilog="A true-or-false option takes --name, --name true, --name false or --no_name.",
         description="Train a causal language model from preference pairs.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,

@@ -38,6 +38,8 @@ from fastdpo.verdicts import (
 
 logger = logging.getLogger(__name__)
 
+IGNORES_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad")
+
 
 _LISTS = ("loss_type", "loss_weights", "lora_target_modules", "lora_modules_to_save")
 _DICTS = ("model_init_kwargs", "rope_scaling", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
@@ -347,6 +349,12 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 f"warmup_ratio={self.warmup_ratio!r} and warmup_steps={self.warmup_steps!r} exclude each other: give "
                 "one of them."
+            )
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        if self.optim_args and optimizer in IGNORES_OPTIM_ARGS:
+            raise ValueError(
+                f"optim_args={self.optim_args!r} has no effect on optim={optimizer!r}: set adam_beta1, adam_beta2, "
+                "adam_epsilon and weight_decay instead."
             )
         kwargs = self.gradient_checkpointing_kwargs
         if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):

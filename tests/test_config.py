@@ -180,6 +180,7 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name(tmp_path):
         ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size must be a whole number"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
         ({"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch must be at least 1"),
+        ({"optim_args": "eps=1e-6"}, "optim_args='eps=1e-6' has no effect on optim='adamw_torch_fused'"),
         ({"max_steps": 0}, "max_steps must be -1"),
         ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
         ({"adam_beta1": 1.0}, "adam_beta1 must be at least 0 and below 1"),
