@@ -578,7 +578,16 @@ def test_the_best_of_a_named_adapter_comes_back(rows, tokenizer, quick) -> None:
 
 def test_an_eval_dataset_without_a_strategy_is_evaluated_at_the_end(rows, tokenizer, quick) -> None:
     out = fastdpo.train(tiny_llama(), rows, rows[:4], processing_class=tokenizer, **quick)
-    assert out.metrics["eval_loss"] < math.log(2) and out.history[-1]["eval_loss"] == out.metrics["eval_loss"]
+    assert out.metrics["eval_loss"] < math.log(2) and out.history[-2]["eval_loss"] == out.metrics["eval_loss"]
+    assert "train_loss" in out.history[-1]
+
+
+def test_a_reference_remembered_from_other_batches_starts_within_rounding(rows, tokenizer, quick, caplog) -> None:
+    quick |= {"eval_on_start": True, "eval_strategy": "steps", "eval_steps": 100, "per_device_eval_batch_size": 5}
+    out = fastdpo.train(tiny_llama(), rows, rows, processing_class=tokenizer, **quick)
+    first = next(row for row in out.history if "loss" in row)
+    assert abs(first["rewards/margins"]) < 1e-6 and abs(first["loss"] - math.log(2)) < 1e-6
+    assert "all exactly 0" in caplog.text or "rounding of other batches" in caplog.text
 
 
 def test_evaluate_takes_several_sets_and_checks_their_rows(rows, tokenizer, quick) -> None:
