@@ -98,7 +98,7 @@ class DPOTrainer:
         self.terms = loss_terms(args.loss_type, args.loss_weights, args)
 
         self._margins_checked = self._evaluate_at_end = False
-        self.accelerator: Accelerator
+        self._start_engine()
         self.optimizer: Any = None
         self.lr_scheduler: Any = None
         self.state, self.control = TrainerState(), TrainerControl()
@@ -375,8 +375,7 @@ class DPOTrainer:
         return PreferenceStep(self.policy, self.reference, self.terms, self.args.beta)
 
     def _start_engine(self) -> None:
-        """Accelerate's state is one a process and another trainer may have reset it, so each run takes its own hold of
-        it.
+        """Accelerate's state is one a process, and another trainer may have reset it: each run takes hold of it anew.
 
         Autocast and loss scaling are ours, not Accelerate's: its precision is fixed once a process.
         """
