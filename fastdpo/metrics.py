@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastdpo.step import PAIR_METRICS, SUMS, TOKEN_METRICS
+from fastdpo.step import PAIR_METRICS, SUMS, TOKEN_METRICS, PreferenceStep
 
 _COUNTS = {"entropy": "scored_tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens"}
 _COUNTS["mean_token_accuracy"] = "chosen_tokens"
@@ -52,6 +53,30 @@ def _is_json(value: Any) -> bool:
 
 def _ratio(total: float, count: float) -> float:
     return total / count if count else math.nan
+
+
+@dataclass
+class Running:
+    """What a training run carries from step to step."""
+
+    step: PreferenceStep
+    trained: list[Tensor]
+    tokens: int = 0
+    pairs: int = 0
+    learning_rate: float = 0.0
+    grad_norm: Tensor | None = None
+    window_loss: float = 0.0
+    mean_loss: float = 0.0
+    logged_steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.sums = MetricSums()
+
+    def logged(self, loss: float, step: int) -> None:
+        """The mean over the run, from the means over its windows of steps."""
+        self.window_loss = loss
+        self.mean_loss += (loss - self.mean_loss) * (step - self.logged_steps) / max(step, 1)
+        self.logged_steps = step
 
 
 class RunFiles(TrainerCallback):

@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
@@ -34,7 +33,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.loader import eval_loader, length_of_run, set_epoch, train_loader
 from fastdpo.losses import loss_terms
 from fastdpo.messages import show_messages
-from fastdpo.metrics import MetricSums
+from fastdpo.metrics import MetricSums, Running
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, build_optimizer
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
@@ -143,7 +142,7 @@ class DPOTrainer:
         self.state.compute_steps(args, steps)
         self.control = TrainerControl()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._running = _Running(self._preference_step(), trained)
+        self._running = Running(self._preference_step(), trained)
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
@@ -382,30 +381,6 @@ class DPOTrainer:
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.accelerator.num_processes} processes were launched: this version trains in one")
-
-
-@dataclass
-class _Running:
-    """What a training run carries from step to step."""
-
-    step: PreferenceStep
-    trained: list[Tensor]
-    tokens: int = 0
-    pairs: int = 0
-    learning_rate: float = 0.0
-    grad_norm: Tensor | None = None
-    window_loss: float = 0.0
-    mean_loss: float = 0.0
-    logged_steps: int = 0
-
-    def __post_init__(self) -> None:
-        self.sums = MetricSums()
-
-    def logged(self, loss: float, step: int) -> None:
-        """The mean over the run, from the means over its windows of steps."""
-        self.window_loss = loss
-        self.mean_loss += (loss - self.mean_loss) * (step - self.logged_steps) / max(step, 1)
-        self.logged_steps = step
 
 
 def _best_key(args: DPOConfig) -> str:

@@ -622,3 +622,41 @@ def test_evaluation_rows_are_remembered_while_a_stream_trains(rows, tokenizer, q
     for _ in "abc":
         trainer.evaluate()
     assert sum(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [({"factor": 4.0}, "needs a rope_type"), ({"rope_type": "nope"}, "needs a rope_type")],
+    ids=["no type", "unknown type"],
+)
+def test_rope_scaling_that_would_have_no_effect_is_refused(scaling, message, rows, tokenizer, quick, tmp_path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        fastdpo.train(str(tmp_path / "model"), rows, processing_class=tokenizer, rope_scaling=scaling, **quick)
+
+
+def test_rope_scaling_reaches_the_rotary_embedding_and_quiets_the_warning(
+    rows, tokenizer, quick, tmp_path, caplog
+) -> None:
+    short = tiny_llama(max_position_embeddings=16)
+    short.save_pretrained(tmp_path / "model")
+    scaling = {"type": "linear", "factor": 8.0}  # the older spelling of rope_type
+    path = str(tmp_path / "model")
+    out = fastdpo.train(path, rows, processing_class=tokenizer, rope_scaling=scaling, **quick)
+    frequencies = (m.model.rotary_emb.inv_freq for m in (short, out.model))
+    torch.testing.assert_close(next(frequencies), 8 * next(frequencies))
+    assert "trained on 16" not in caplog.text
+
+
+def test_a_model_that_is_nowhere_is_named_in_the_error(rows, tokenizer, quick) -> None:
+    with pytest.raises(ValueError, match="'./nowhere' is neither a directory with a model"):
+        fastdpo.train("./nowhere", rows, processing_class=tokenizer, **quick)
+
+
+def test_adapters_that_packed_pairs_have_no_place_for_are_refused(rows, tokenizer, quick) -> None:
+    from peft import PromptTuningConfig
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for model, peft_config in ((tiny_llama(), config), (get_peft_model(tiny_llama(), config), None)):
+        with pytest.raises(ValueError, match="virtual tokens"):
+            fastdpo.train(model, rows, processing_class=tokenizer, peft_config=peft_config, **quick)
