@@ -23,7 +23,7 @@ check: $(INSTALLED)
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 gpu: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
-	$(GPU_PYTHON) -m pytest -m gpu -rs
+	$(GPU_PYTHON) -m pytest -m "gpu or kernels" -rs
 	$(GPU_PYTHON) -m benchmarks step --device cuda $(if $(COMMIT),--commit $(COMMIT))
 
 format: $(INSTALLED)

@@ -1,14 +1,30 @@
-"""Fixtures: a tiny tokenizer, a tiny Llama and a few rows, all made here."""
+"""Fixtures: a tiny tokenizer, a tiny Llama and a few rows, all made here.
+
+Kernels run on the CUDA device where there is one, else in Triton's interpreter. The two cannot share a process, nor
+can the interpreter and ahead-of-time compilation, so the choice is made here, before anything imports triton.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+
+import torch
+
+if "triton" in sys.modules:
+    raise RuntimeError("triton is imported before tests/conftest.py could choose between compiling and interpreting")
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where tests marked `kernels` put their tensors
+# The interpreter gets bf16 arithmetic wrong, so bf16 kernels are tested on a GPU only.
+KERNEL_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+
+# ruff: noqa: E402 (imports that may bring triton come after the choice)
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import tokenizers_for_tests
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 

@@ -3,14 +3,17 @@
     z_n = softcap * tanh(logit_scale * (W h_n + b) / softcap) / temperature
     logp_n = z_n[y_n] - log sum_v exp z_n[v]
 
-The (N, V) logits never exist: rows go through in chunks of at most `workspace_bytes` (2.1 GB in bf16 at N=8192,
-V=128256).
+The (N, V) logits (2.1 GB in bf16 at N=8192, V=128256) never exist. Three methods compute the same numbers:
 
-With a frozen head, d logp_n / d h_n = W[y_n] - sum_v p_nv W_v needs nothing from the loss, so the forward computes it
-while it has a chunk's logits in hand and the backward is one scale by row: two head products, where recomputing takes
-three. A head that trains recomputes its chunks in the backward, accumulating d W in fp32.
+    streamed  chunks of rows through one workspace: cuBLAS product, a Triton kernel along each row, cuBLAS product
+    fused     one Triton kernel, product and log-sum-exp together: no workspace at all
+    torch     chunks in plain torch: CPUs and everything else
 
-Legend: N scored tokens, D hidden size, V vocabulary, C rows of a chunk.
+With a frozen head, d logp_n / d h_n = W[y_n] - sum_v p_nv W_v needs nothing from the loss, so `streamed` and `torch`
+compute it in the forward, while a chunk's logits are at hand, and the backward is one scale by row: two head products,
+where recomputing takes three. A head that trains recomputes in the backward, accumulating dW in fp32.
+
+Legend: N scored tokens, D hidden size, V vocabulary.
 
 Numerics: products in the dtype of `hidden` (the autocast dtype under autocast); log-sum-exp, statistics and results in
 fp32 (fp64 for fp64 input). The target's logit is an fp32 dot of h_n with W[y_n], and that value also stands in the
@@ -20,45 +23,19 @@ log-prob. Deterministic.
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
-METHODS = ("auto", "torch")
-# On a CPU 64 MiB are 256 rows at V=32k in fp32, enough for both products of a chunk to be compute-bound. A GPU wants
-# a thousand rows at V=128k (unmeasured).
-DEFAULT_WORKSPACE_BYTES = {"cpu": 64 * 2**20}
-DEFAULT_WORKSPACE_BYTES_ELSEWHERE = 2**30
+from fastdpo_kernels import launch
+from fastdpo_kernels.head import STATS, HeadOptions, Wants
 
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """How logits become log-probs: everything of the head that is not a tensor."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-    stats: tuple[str, ...] = ()
-    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES["cpu"]
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Statistics that need the logits beside their exponentials."""
-        return "entropy" in self.stats or "mean_logit" in self.stats
-
-
-@dataclass
-class _Forward:
-    """What one pass over the chunks leaves behind."""
-
-    logps: Tensor  # (N,)
-    hidden_jacobian: Tensor | None  # (N, D) d logp_n / d h_n
-    stats: dict[str, Tensor]  # each (N,)
+METHODS = ("auto", "streamed", "fused", "torch")
 
 
 def linear_logps(
@@ -81,22 +58,36 @@ def linear_logps(
     the first most likely token), `log_sum_sq_probs` = log sum_v p_v^2 (WPO, arXiv:2406.11827). Differentiable in
     hidden, weight and bias, each where it requires a gradient. Results are fp32 (fp64 for fp64 input).
 
-    Raises ValueError for shapes that do not fit, an unknown statistic or method.
+    `method` is one of METHODS; "auto" takes what `fastdpo_kernels.launch` has for the shape, dtype and device.
+    `workspace_bytes` bounds what is allocated beside results and gradients; unset, it follows the device's memory.
+
+    A target outside [0, V) raises on the CPU, and with FASTDPO_DEBUG=1 in the environment everywhere (that waits for
+    the device); otherwise its log-prob is NaN.
+
+    Raises ValueError for shapes that do not fit, an unknown statistic or method, a method that this dtype or device
+    does not have, and (see above) targets.
     """
-    options = _check(hidden, weight, targets, bias, stats, method)
+    _check(hidden, weight, targets, bias, stats, method)
     device = hidden.device.type
-    workspace_bytes = workspace_bytes or DEFAULT_WORKSPACE_BYTES.get(device, DEFAULT_WORKSPACE_BYTES_ELSEWHERE)
-    options = HeadOptions(logit_scale, softcap, temperature, options, workspace_bytes)
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    name, workspace_bytes = _choose(hidden, weight, compute, method, workspace_bytes)
+    options = HeadOptions(logit_scale, softcap, temperature, tuple(stats), workspace_bytes)
     with torch.autocast(device, enabled=False):
-        bias = None if bias is None else bias.to(compute)
-        logps, *values = _LinearLogps.apply(hidden.to(compute), weight.to(compute), bias, targets, options)
+        head = hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
+        logps, *values = _LinearLogps.apply(*head, targets, options, name, torch.is_grad_enabled())
     return logps, dict(zip(options.stats, values, strict=True))
 
 
-def method_report() -> list[tuple[str, str]]:
-    """Which way `linear_logps` goes on this machine, and why: rows of (kernel, path)."""
-    return [("linear_logps", "torch: chunked products in plain torch, the only method of this version")]
+def method_report(device: torch.device | None = None) -> list[tuple[str, str]]:
+    """Which way `linear_logps` goes on a device (the GPU where there is one), and why: rows of (kernel, path)."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = launch.device_of(device)
+    dtype = (
+        torch.bfloat16 if facts.compiles and facts.arch != 75 else torch.float16 if facts.compiles else torch.float32
+    )
+    workspace = launch.default_workspace_bytes(facts)
+    method, reason = launch.head_method(128256, dtype, facts, workspace, rows=8192)
+    return [("linear_logps", f"{method}: {reason}; workspace of {workspace / 2**20:.0f} MiB")]
 
 
 def linear_logps_reference(
@@ -126,7 +117,7 @@ def linear_logps_reference(
 
 def _check(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, stats: Sequence[str], method: str
-) -> tuple[str, ...]:
+) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
@@ -139,21 +130,75 @@ def _check(
         raise ValueError(f"stats has {sorted(unknown)}, expected names from {STATS}")
     if method not in METHODS:
         raise ValueError(f"method={method!r}, expected one of {METHODS}")
-    return tuple(stats)
+    if targets.device.type == "cpu" or os.environ.get("FASTDPO_DEBUG") == "1":
+        _check_targets(targets, weight.shape[0])
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    wrong = (targets < 0) | (targets >= vocabulary)
+    if targets.numel() and wrong.any():
+        where = int(wrong.int().argmax())
+        raise ValueError(
+            f"targets[{where}] is {int(targets[where])}, expected a row of weight in [0, {vocabulary}): leave out "
+            "the rows that are not to be scored"
+        )
+
+
+def _choose(
+    hidden: Tensor, weight: Tensor, compute: torch.dtype, method: str, workspace_bytes: int | None
+) -> tuple[str, int]:
+    """-> the method's name and the bytes that it may use; raises where a method that was asked for cannot run."""
+    facts = launch.device_of(hidden.device)
+    if workspace_bytes is None:
+        workspace_bytes = launch.default_workspace_bytes(facts)
+    if workspace_bytes < 1:
+        raise ValueError(f"workspace_bytes={workspace_bytes}, expected a number of bytes above 0, or None")
+    if method == "auto":
+        method, _ = launch.head_method(weight.shape[0], compute, facts, workspace_bytes, hidden.shape[0])
+    if method != "torch":
+        _check_kernels_run(method, compute, facts, hidden.device)
+    return method, workspace_bytes
+
+
+def _check_kernels_run(method: str, dtype: torch.dtype, facts: launch.Device, device: torch.device) -> None:
+    if not (facts.compiles or facts.kind == "interpreter") or not launch.triton_installed():
+        raise ValueError(f"method={method!r} needs triton and a CUDA or ROCm device, not {device}: use method='torch'")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"method={method!r} takes bf16, fp16 and fp32, not {dtype}: use method='torch'")
+    if method == "fused" and not facts.has_matrix_products:
+        raise ValueError(
+            "method='fused' needs matrix units that Triton reaches, and sm_75 has none: use method='streamed'"
+        )
+
+
+def _wants(needs_gradient: Sequence[bool]) -> Wants:
+    hidden, weight, bias = needs_gradient[:3]
+    if weight or bias:
+        return Wants.ALL_GRADIENTS
+    return Wants.HIDDEN_GRADIENT if hidden else Wants.VALUES
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: HeadOptions,
+        name: str,
+        with_gradient: bool,
     ) -> tuple[Tensor, ...]:
-        head_trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        result = _forward(hidden, weight, bias, targets, options, ctx.needs_input_grad[0] and not head_trains)
-        ctx.options = options
-        if head_trains:
-            ctx.save_for_backward(hidden, weight, bias, targets)
-        else:
+        wants = _wants(ctx.needs_input_grad) if with_gradient else Wants.VALUES
+        method = importlib.import_module(f"fastdpo_kernels.head_{name}")  # triton ones exist on Linux only
+        result = method.forward(hidden, weight, bias, targets, options, wants)
+        ctx.method, ctx.options, ctx.kept = method, options, result.kept
+        ctx.from_jacobian = result.hidden_jacobian is not None
+        if ctx.from_jacobian:
             ctx.save_for_backward(result.hidden_jacobian)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, *result.saved)
         values = tuple(result.stats[name] for name in options.stats)
         ctx.mark_non_differentiable(*values)
         return result.logps, *values
@@ -161,161 +206,13 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if len(ctx.saved_tensors) == 1:
+        if ctx.from_jacobian:
             (jacobian,) = ctx.saved_tensors
-            return jacobian * grad_logps[:, None].to(jacobian.dtype), None, None, None, None
-        hidden, weight, bias, targets = ctx.saved_tensors
+            return jacobian * grad_logps[:, None].to(jacobian.dtype), *[None] * 6
+        hidden, weight, bias, targets, *saved = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # a second backward recomputes them
         needs = ctx.needs_input_grad[:3]
-        return *_backward_trained(hidden, weight, bias, targets, grad_logps, ctx.options, needs), None, None
-
-
-def _rows_per_chunk(weight: Tensor, options: HeadOptions) -> int:
-    """Rows whose (C, V) tensors, as many as are alive at once, fit the workspace."""
-    exact = torch.promote_types(weight.dtype, torch.float32).itemsize
-    copies = 1 + options.keeps_logits + (options.softcap is not None)
-    a_row = weight.shape[0] * (copies * exact + (weight.element_size() if weight.element_size() < exact else 0))
-    return max(1, options.workspace_bytes // a_row)
-
-
-def _chunk_logits(
-    hidden: Tensor,  # (C, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,
-    targets: Tensor,  # (C,)
-    options: HeadOptions,
-) -> tuple[Tensor, Tensor | None]:
-    """-> logits z (C, V) in the accumulation dtype with the target's column exact, and d z / d (W h + b) where it is
-    not constant.
-    """
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    logits = torch.mm(hidden, weight.T).to(exact)
-    target_logits = (hidden.to(exact) * weight.index_select(0, targets).to(exact)).sum(-1)
-    logits.scatter_(1, targets[:, None], target_logits[:, None])
-    if bias is not None:
-        logits += bias
-    if options.logit_scale != 1.0:
-        logits *= options.logit_scale
-    slope = None
-    if options.softcap is not None:
-        logits.div_(options.softcap).tanh_()
-        slope = (logits * logits).neg_().add_(1)
-        logits *= options.softcap
-    if options.temperature != 1.0:
-        logits /= options.temperature
-    return logits, slope
-
-
-@dataclass
-class _Softmax:
-    """One chunk's logits on their way through the softmax; everything (C, V) is overwritten by the next stage."""
-
-    shifted: Tensor  # (C, V) z - max, or the same memory as exps
-    exps: Tensor  # (C, V) exp(z - max)
-    highest: Tensor  # (C,) max
-    top: Tensor  # (C,) int64, the first column that has it
-    total: Tensor  # (C,) sum of exps
-    target: Tensor  # (C,) z[y] - max
-
-    @property
-    def logps(self) -> Tensor:
-        # differences of small numbers: near probability 1 more exact than z[y] - logsumexp(z)
-        return self.target - self.total.log()
-
-
-def _softmax(logits: Tensor, targets: Tensor, keep_shifted: bool) -> _Softmax:
-    highest, top = logits.max(-1)
-    shifted = logits.sub_(highest[:, None])
-    target = shifted.gather(1, targets[:, None])[:, 0]
-    exps = shifted.exp() if keep_shifted else shifted.exp_()
-    return _Softmax(shifted, exps, highest, top, exps.sum(-1), target)
-
-
-def _to_logit_gradient(softmax: _Softmax, slope: Tensor | None, targets: Tensor, options: HeadOptions) -> Tensor:
-    """Turns exps (C, V) in place into d logp / d (W h + b) = (1[v = y] - p_v) dz/d(Wh + b)."""
-    gradient = softmax.exps.div_(softmax.total[:, None]).neg_()
-    gradient.scatter_add_(1, targets[:, None], torch.ones_like(softmax.total)[:, None])
-    if slope is not None:
-        gradient *= slope
-    if (factor := options.logit_scale / options.temperature) != 1.0:
-        gradient *= factor
-    return gradient
-
-
-def _chunk_stats(softmax: _Softmax, targets: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
-    log_total = softmax.total.log()
-    values: dict[str, Tensor] = {}
-    if "entropy" in names:
-        values["entropy"] = log_total - _row_dots(softmax.exps, softmax.shifted) / softmax.total
-    if "mean_logit" in names:
-        values["mean_logit"] = softmax.highest + softmax.shifted.mean(-1)
-    if "is_top1" in names:
-        values["is_top1"] = (softmax.top == targets).to(log_total.dtype)
-    if "log_sum_sq_probs" in names:
-        values["log_sum_sq_probs"] = _row_dots(softmax.exps, softmax.exps).log() - 2 * log_total
-    return values
-
-
-def _row_dots(left: Tensor, right: Tensor) -> Tensor:
-    """(C, V), (C, V) -> (C,); torch.linalg.vecdot would make their (C, V) product first."""
-    return torch.bmm(left[:, None], right[:, :, None])[:, 0, 0]
-
-
-def _forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions, with_jacobian: bool
-) -> _Forward:
-    rows, exact = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    result = _Forward(
-        logps=hidden.new_empty(rows, dtype=exact),
-        hidden_jacobian=hidden.new_empty(hidden.shape) if with_jacobian else None,
-        stats={name: hidden.new_empty(rows, dtype=exact) for name in options.stats},
-    )
-    step = _rows_per_chunk(weight, options)
-    for start in range(0, rows, step):
-        chunk = slice(start, start + step)
-        logits, slope = _chunk_logits(hidden[chunk], weight, bias, targets[chunk], options)
-        softmax = _softmax(logits, targets[chunk], options.keeps_logits)
-        result.logps[chunk] = softmax.logps
-        for name, value in _chunk_stats(softmax, targets[chunk], options.stats).items():
-            result.stats[name][chunk] = value
-        if result.hidden_jacobian is not None:
-            gradient = _to_logit_gradient(softmax, slope, targets[chunk], options).to(weight.dtype)
-            result.hidden_jacobian[chunk] = gradient @ weight
-            del gradient
-        del logits, slope, softmax  # before the next chunk's are made
-    return result
-
-
-def _backward_trained(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    grad_logps: Tensor,  # (N,)
-    options: HeadOptions,
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Recomputes each chunk's logits; -> gradients of hidden, weight and bias, each where `needs` asks for it."""
-    exact = grad_logps.dtype
-    grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
-    grad_weight = weight.new_zeros(weight.shape, dtype=exact) if needs[1] else None
-    grad_bias = weight.new_zeros(weight.shape[0], dtype=exact) if needs[2] else None
-    step = _rows_per_chunk(weight, options)
-    for start in range(0, hidden.shape[0], step):
-        chunk = slice(start, start + step)
-        logits, slope = _chunk_logits(hidden[chunk], weight, bias, targets[chunk], options)
-        gradient = _to_logit_gradient(_softmax(logits, targets[chunk], False), slope, targets[chunk], options)
-        upstream = grad_logps[chunk]
-        if grad_bias is not None:
-            grad_bias += upstream @ gradient
-        gradient = gradient.to(weight.dtype)
-        if grad_hidden is not None:
-            grad_hidden[chunk] = (gradient @ weight) * upstream[:, None].to(hidden.dtype)
-        if grad_weight is not None:  # the C x D hidden chunk takes the upstream factor, not the C x V gradient
-            scaled = (hidden[chunk] * upstream[:, None]).to(weight.dtype)
-            grad_weight += gradient.T @ scaled
-        del logits, slope, gradient
-    return (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-    )
+        gradients = ctx.method.backward(
+            hidden, weight, bias, targets, tuple(saved), kept, grad_logps, ctx.options, needs
+        )
+        return *gradients, *[None] * 4
