@@ -75,6 +75,7 @@ class PreferenceBatch(_TensorFields):
     cu_seqlens: Tensor  # (2P + 1,) int32: scored tokens of chosen_0, rejected_0, chosen_1, ...
     keys: tuple[bytes, ...] = ()  # P row keys, what the reference memory goes by
     num_tokens: int = 0  # tokens of all 2P sequences, prompts counted twice as the peers do
+    num_chosen_tokens: int = 0  # scored tokens of the chosen responses
 
     @property
     def num_pairs(self) -> int:
@@ -169,6 +170,7 @@ def _scored(pairs: Sequence[Pair], keys: Sequence[bytes]) -> dict[str, Any]:
         "cu_seqlens": _offsets([len(response) for response in responses]),
         "keys": tuple(keys),
         "num_tokens": sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs),
+        "num_chosen_tokens": sum(map(len, responses[::2])),
     }
 
 

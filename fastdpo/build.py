@@ -25,6 +25,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, prepare_tokenizer, tokenize_pairs
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
+from fastdpo.losses import find_loss, pairwise_loss, sees_mean_reward, sees_reference
 from fastdpo.metrics import RunFiles
 from fastdpo.model import (
     Policy,
@@ -38,8 +39,10 @@ from fastdpo.model import (
     prepare_precision,
     refuse_load_options,
 )
-from fastdpo.reference import Reference, find_reference
+from fastdpo.reference import NoReference, Reference, find_reference
+from fastdpo.step import MeanReward
 from fastdpo_kernels.linear_logps import method_report
+from fastdpo_kernels.pair_loss import PairwiseLoss
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,9 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
         )
     check_model(model, "model", config)
     if ref_model is not None:
+        if not needs_reference(config):
+            why = "reference_free=True" if config.reference_free else f"loss_type={loss_names(config)}"
+            raise ValueError(f"ref_model is given, but with {why} it would never be looked at: leave it out")
         check_model(ref_model, "ref_model", config)
     if not isinstance(model, str):
         refuse_load_options(model, config)
@@ -163,11 +169,30 @@ def common_layout(policy: Policy, ref_policy: Policy | None, tokenizer: Any) -> 
     return other if other.packed else replace(other, reason=f"ref_model: {other.reason}")
 
 
-def build_reference(policy: Policy, ref_policy: Policy | None, layout: Layout) -> Reference:
-    """A given reference model, or what the policy starts as."""
+def needs_reference(config: DPOConfig) -> bool:
+    return not config.reference_free and sees_reference(pairwise_loss(config))
+
+
+def loss_names(config: DPOConfig) -> list[str]:
+    return [given if isinstance(given, str) else find_loss(given).name for given in config.loss_type]
+
+
+def build_reference(
+    policy: Policy, ref_policy: Policy | None, layout: Layout, config: DPOConfig
+) -> Reference | NoReference:
+    """A given reference model, or what the policy starts as; none where nothing depends on it."""
+    if not needs_reference(config):
+        return NoReference()
     embedding = input_embedding(policy.model)
     probe = layout.collate(probe_pairs(embedding.weight.shape[0])).to(embedding.weight.device)
-    return find_reference(policy, ref_policy, probe)
+    return find_reference(policy, ref_policy, probe, config.ld_alpha)
+
+
+def build_mean_reward(loss: PairwiseLoss, config: DPOConfig) -> MeanReward | None:
+    """The running mean, where the loss compares rewards with one."""
+    if not config.bco_running_mean or not sees_mean_reward(loss):
+        return None
+    return MeanReward(torch.zeros((), dtype=torch.float64, device=config.device))
 
 
 def check_fit(
@@ -240,7 +265,7 @@ def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config
     return handler
 
 
-def describe(policy: Policy, layout: Layout, reference: Reference, config: DPOConfig) -> None:
+def describe(policy: Policy, layout: Layout, reference: Reference | NoReference, config: DPOConfig) -> None:
     """What the run resolved to, a line each."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = sum(p.numel() for p in policy.parameters())
@@ -258,9 +283,8 @@ def describe(policy: Policy, layout: Layout, reference: Reference, config: DPOCo
         logger.info("attention outside of packed batches (generation): %s, as asked for", config.attn_implementation)
     for name, path in (*method_report(), *(backend_report() if layout.packed else [])):
         logger.info("%s: %s", name, path)
-    losses = " + ".join(
-        f"{w:g} {n}" for n, w in zip(config.loss_type, config.loss_weights or [1] * len(config.loss_type), strict=True)
-    )
+    weights = config.loss_weights or [1] * len(config.loss_type)
+    losses = " + ".join(f"{weight:g} {name}" for name, weight in zip(loss_names(config), weights, strict=True))
     logger.info(
         "loss: %s, beta %g, learning rate %g, %d pairs an optimizer step in micro-batches of up to %s",
         losses,

@@ -26,7 +26,6 @@ from transformers import TrainingArguments
 from fastdpo.verdicts import (
     CHOICES,
     ENUMS,
-    LATER_LOSSES,
     RANGES,
     REFUSED_OPTIMIZERS,
     VERDICTS,
@@ -138,11 +137,25 @@ class DPOConfig(TrainingArguments):
     truncation_mode: str = _option("keep_end", "Which end is kept of a prompt that is too long")
     dataset_num_proc: int | None = _option(None, "Processes that tokenize.")
 
-    # Preference loss
+    # Preference loss; docs/losses.md has the formulas. A function in loss_type is a loss, too.
+    loss_type: list[str] = _option(
+        ["sigmoid"],
+        "One loss or several: sigmoid, hinge, ipo, robust, exo_pair, bco_pair, sppo_hard, nca_pair, aot, aot_pair, "
+        "aot_unpaired, apo_zero, apo_down, discopop, sigmoid_norm, sft, simpo, orpo, cpo.",
+    )
+    loss_weights: list[float] | None = _option(None, "Weight of each loss in loss_type; unset: 1 each.")
     beta: float = _option(0.1, "Strength of the pull to the reference; for ipo the paper's tau.")
     label_smoothing: float = _option(0.0, "Share of labels taken to be flipped (sigmoid: conservative DPO).")
-    loss_type: list[str] = _option(["sigmoid"], "One loss or several: sigmoid, hinge, ipo.")
-    loss_weights: list[float] | None = _option(None, "Weight of each loss in loss_type; unset: 1 each.")
+    discopop_tau: float = _option(0.05, "Temperature of discopop's change from logistic to exponential.")
+    simpo_gamma: float = _option(0.5, "Margin that simpo asks for.")
+    cpo_alpha: float = _option(1.0, "Weight of the sft loss in cpo.")
+    bco_running_mean: bool = _option(True, "Compare bco_pair's rewards with their mean so far; false: with 0.")
+    rpo_alpha: float | None = _option(None, "Weight of an sft loss added to the others.")
+    f_divergence_type: str = _option("reverse_kl", "Divergence from the reference")
+    f_alpha_divergence_coef: float = _option(1.0, "alpha of alpha_divergence: 0 is reverse_kl, 1 forward_kl.")
+    ld_alpha: float | None = _option(None, "Weight of tokens beyond the shorter response's length (LD-DPO).")
+    use_weighting: bool = _option(False, "Weight pairs by how likely the policy would write them (WPO).")
+    reference_free: bool = _option(False, "Count the reference's log-probs as 0; it never runs.")
 
     # Memory
     max_tokens_per_microbatch: int | None = _option(
@@ -169,18 +182,11 @@ class DPOConfig(TrainingArguments):
     load_in_4bit: bool = _later(False)
     load_in_8bit: bool = _later(False)
     bnb_4bit_quant_type: str = _later("nf4")
-    reference_free: bool = _later(False)
-    rpo_alpha: float | None = _later(None)
     sync_ref_model: bool = _later(False)
     ref_model_mixup_alpha: float = _later(0.9)
     ref_model_sync_steps: int = _later(64)
     precompute_ref_log_probs: bool = _later(False)
     precompute_ref_batch_size: int | None = _later(None)
-    f_divergence_type: str = _later("reverse_kl")
-    f_alpha_divergence_coef: float = _later(1.0)
-    ld_alpha: float | None = _later(None)
-    use_weighting: bool = _later(False)
-    discopop_tau: float = _later(0.05)
     router_aux_loss_coef: float | None = _later(None)
     activation_offloading: bool = _later(False)
     generate_during_eval: bool = _later(False)
@@ -222,7 +228,7 @@ class DPOConfig(TrainingArguments):
         """One form for each option: a list for one name, a dict for JSON, one name for checkpointing, bf16 decided."""
         for name in _LISTS:
             value = getattr(self, name)
-            single = isinstance(value, (str, Real)) and not isinstance(value, bool)
+            single = isinstance(value, (str, Real)) and not isinstance(value, bool) or callable(value)
             setattr(self, name, [value] if single else list(value) if isinstance(value, tuple) else value)
         for name in _DICTS:
             setattr(self, name, _dict_of(name, getattr(self, name)))
@@ -231,6 +237,7 @@ class DPOConfig(TrainingArguments):
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
+        self.f_divergence_type = getattr(self.f_divergence_type, "value", self.f_divergence_type)  # TRL 0.11's enum
         self.report_to = [] if self.report_to in (None, "none", ["none"]) else self.report_to
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         self._join_checkpointing()
@@ -270,6 +277,8 @@ class DPOConfig(TrainingArguments):
             if name not in VERDICTS or VERDICTS[name].kind != "works" or name in ENUMS:
                 continue
             value = getattr(self, name)
+            if name == "loss_type" and isinstance(value, list):
+                value = [given for given in value if not callable(given)]
             if not _fits(value, hint):
                 raise ValueError(f"{name} must be {_in_words(hint)}, got {value!r} ({type(value).__name__}).")
             finite = [] if name == "max_grad_norm" else value if isinstance(value, list) else [value]
@@ -298,33 +307,20 @@ class DPOConfig(TrainingArguments):
                     raise ValueError(f"{name} must be {words}, got {value!r}.")
 
     def _check_losses(self) -> None:
-        from fastdpo.losses import LOSSES  # its formulas are for those who train, not for whoever reads a config
+        from fastdpo.losses import LOSSES, check_idle_options, pairwise_loss  # not for whoever only reads a config
 
         if not self.loss_type:
             raise ValueError(f"loss_type is empty; give one of {', '.join(LOSSES)}.")
-        for name in self.loss_type:
-            if name in LOSSES:
-                continue
-            if name in LATER_LOSSES:
-                raise ValueError(
-                    f"loss_type {name!r} is not available yet in this version; there are {', '.join(LOSSES)}."
-                )
-            guess = nearest(name, [*LOSSES, *LATER_LOSSES])
-            raise ValueError(f"unknown loss {name!r}, there are {', '.join(LOSSES)}{guess}")
+        for given in self.loss_type:
+            if not callable(given) and given not in LOSSES:
+                raise ValueError(f"unknown loss {given!r}, there are {', '.join(LOSSES)}{nearest(given, LOSSES)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} numbers, loss_type {len(self.loss_type)} names: give one "
                 "weight a loss."
             )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be at least 0 and below 0.5, got {self.label_smoothing!r}.")
-        if self.label_smoothing and not any(
-            "label_smoothing" in LOSSES[name].hyper_parameters for name in self.loss_type
-        ):
-            raise ValueError(
-                f"label_smoothing={self.label_smoothing!r} has no effect on {', '.join(self.loss_type)}: set it to 0 "
-                "or add sigmoid."
-            )
+        check_idle_options(self, _defaults(DPOConfig))
+        pairwise_loss(self)
 
     def _check_combinations(self) -> None:
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
@@ -382,6 +378,14 @@ class DPOConfig(TrainingArguments):
             logger.info("one process trains on one GPU: %s of %d is used", self.device, self.n_gpu)
             self._n_gpu = 1
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers writes it for reporters, with a function in `loss_type` by its name."""
+        from fastdpo.losses import formula_name
+
+        options = super().to_dict()
+        losses = [formula_name(given) if callable(given) else given for given in self.loss_type]
+        return options | {"loss_type": losses}
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps over which the learning rate rises; a `warmup_ratio` rounds up, as it did in transformers 4."""
         if self.warmup_ratio:
@@ -404,11 +408,9 @@ class DPOConfig(TrainingArguments):
 
     def differences_from_trl(self) -> list[str]:
         """A line for each option in use whose meaning or default is not that of TRL 1.16."""
-        lines = []
-        if self.label_smoothing:
-            lines.append(
-                f"label_smoothing={self.label_smoothing} makes sigmoid conservative DPO (TRL 1.16 ignores it there)"
-            )
+        from fastdpo.losses import loss_differences
+
+        lines = loss_differences(self)
         if self.learning_rate is None and self.use_peft:
             lines.append("learning_rate is 2e-5 for adapters (TRL 1.16: 1e-6 for all)")
         if self.truncation_mode == "keep_end" and self.max_length is not None:
@@ -437,6 +439,11 @@ def _given_options(arguments: TrainingArguments, ours: Mapping[str, Any]) -> dic
         works = name in ours and VERDICTS[name].kind == "works"
         if works or not changes_nothing(value, default):
             options[name] = value
+    # TRL 1.16's alpha, told by its default of 0.5, counts from the other end
+    if _defaults(type(arguments)).get("f_alpha_divergence_coef") == 0.5:
+        alpha = options.pop("f_alpha_divergence_coef")
+        if options["f_divergence_type"] == "alpha_divergence":
+            options["f_alpha_divergence_coef"] = 1 - alpha
     return options
 
 

@@ -38,10 +38,11 @@ class Reference:
         without_policy: Callable[[], AbstractContextManager[object]],
         description: str,
         equals_policy: bool,
+        ld_alpha: float | None = None,
     ) -> None:
         """`policy` computes them inside `without_policy()`; `equals_policy`: training starts from the reference."""
         self.policy, self.without_policy = policy, without_policy
-        self.description, self.equals_policy = description, equals_policy
+        self.description, self.equals_policy, self.ld_alpha = description, equals_policy, ld_alpha
         self.memory = ReferenceMemory()
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
@@ -58,13 +59,26 @@ class Reference:
         """Runs the reference, without dropout."""
         with self.without_policy(), evaluating(self.policy):
             token_logps, _ = self.policy(batch)
-        return sequence_sums(token_logps, batch.cu_seqlens).view(-1, 2)
+        return sequence_sums(token_logps, batch.cu_seqlens, self.ld_alpha).view(-1, 2)
 
     def release(self) -> None:
         """Takes the frozen adapter, if there is one, back out of the policy's model."""
         if isinstance(self.policy.model, PeftModel) and FROZEN_ADAPTER in self.policy.model.peft_config:
             self.policy.model.delete_adapter(FROZEN_ADAPTER)
             self.without_policy = _released
+
+
+class NoReference:
+    """Log-probs of 0, where a run is `reference_free` or its loss sees the policy alone: nothing is computed."""
+
+    policy: Policy | None = None
+    description = "none, its log-probs count as 0"
+
+    def __call__(self, batch: PreferenceBatch) -> None:
+        return None
+
+    def release(self) -> None:
+        """Nothing was added to the policy's model."""
 
 
 def _released() -> AbstractContextManager[object]:
@@ -101,22 +115,24 @@ class ReferenceMemory:
         return slots.to(batch.targets.device, non_blocking=True)
 
 
-def find_reference(policy: Policy, ref_policy: Policy | None, probe: PreferenceBatch) -> Reference:
+def find_reference(
+    policy: Policy, ref_policy: Policy | None, probe: PreferenceBatch, ld_alpha: float | None = None
+) -> Reference:
     """The cheapest right reference for this policy. `probe` is any batch on the policy's device."""
     if ref_policy is not None:
         ref_policy.requires_grad_(False).eval()
-        return Reference(ref_policy, nullcontext, "the given ref_model", False)
+        return Reference(ref_policy, nullcontext, "the given ref_model", False, ld_alpha)
     model = policy.model
     if not isinstance(model, PeftModel):
         frozen = Policy(copy.deepcopy(model), policy.autocast).requires_grad_(False).eval()
-        return Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True)
+        return Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True, ld_alpha)
     if _adapters_change_nothing(policy, probe):
         off = keeping_gradients(model, model.disable_adapter)
-        return Reference(policy, off, "the policy with its adapters off", True)
+        return Reference(policy, off, "the policy with its adapters off", True, ld_alpha)
     _freeze_adapter_copy(model)
     description = "a frozen copy of the adapter that training starts from (with adapters off the model is another one)"
     frozen_copy = keeping_gradients(model, lambda: active_adapter(model, FROZEN_ADAPTER))
-    return Reference(policy, frozen_copy, description, True)
+    return Reference(policy, frozen_copy, description, True, ld_alpha)
 
 
 def keeping_gradients(

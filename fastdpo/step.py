@@ -1,21 +1,21 @@
-"""One micro-batch: token log-probs of the policy, log-probs of the reference, loss and metrics. The method on one
+"""One optimizer batch: token log-probs of the policy, log-probs of the reference, losses and metrics. The method on one
 screen.
 
 Nothing here waits for the device: metrics leave as one vector of sums.
 
-Legend: P pairs, N scored tokens.
+Legend: P pairs of a micro-batch, N scored tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastdpo.batch import PreferenceBatch
-from fastdpo_kernels.pair_loss import LossTerm, PairLoss, pair_loss, sequence_sums
+from fastdpo_kernels.pair_loss import PairLoss, PairwiseLoss, match_pairs, pair_loss, sequence_sums
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
 # What the vector of sums holds, in order: metrics that are means over pairs, counts, means over scored tokens.
@@ -33,27 +33,102 @@ SUMS: tuple[str, ...] = ("pairs", *PAIR_METRICS, "chosen_tokens", "rejected_toke
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What the look-ahead over an optimizer batch leaves for one of its micro-batches."""
+
+    ref_logps: Tensor | None  # (P, 2)
+    matches: Tensor | None  # (P, 3), see `match_pairs`
+
+
+@dataclass
+class MeanReward:
+    """The mean reward of all responses trained on so far, which bco_pair compares rewards with; 0 before the first."""
+
+    value: Tensor  # 0-dim fp64
+    pairs: int = 0
+
+    def update(self, rewards: Tensor) -> None:
+        """`rewards` is (P, 2)."""
+        self.pairs += rewards.shape[0]
+        self.value = self.value + (rewards.mean() - self.value) * (rewards.shape[0] / self.pairs)
+
+
+@dataclass(frozen=True)
 class PreferenceStep:
-    """The method with everything that varies chosen: call it with a batch."""
+    """The method with everything that varies chosen: call it with the micro-batches of an optimizer batch."""
 
     policy: nn.Module  # (batch, stats) -> token log-probs and statistics; perhaps wrapped by the engine
-    reference: Callable[[PreferenceBatch], Tensor]
-    terms: tuple[LossTerm, ...]
-    beta: float
+    reference: Callable[[PreferenceBatch], Tensor | None]
+    loss: PairwiseLoss
+    mean_reward: MeanReward | None = None
+    training: bool = True  # the mean reward moves
 
-    def __call__(self, batch: PreferenceBatch) -> tuple[PairLoss, Tensor]:
-        """-> losses and log-ratios of the batch's pairs, and (len(SUMS),) fp64 metric sums without gradient."""
-        ref_logps = self.reference(batch)
-        token_logps, stats = self.policy(batch, TOKEN_STATS)
-        result = pair_loss(token_logps, batch.cu_seqlens, ref_logps, self.terms)
-        return result, self._sums(result, stats, batch)
+    def __call__(self, batches: Sequence[PreferenceBatch]) -> Iterator[tuple[PairLoss, Tensor]]:
+        """-> for each micro-batch in turn its losses and (len(SUMS),) fp64 metric sums without gradient.
+
+        A loss that couples pairs couples those of the whole optimizer batch. Where that is several micro-batches, a
+        pass without gradients goes ahead for their log-probs.
+        """
+        tokens = sum(batch.num_chosen_tokens for batch in batches)
+        tokens_per_pair = max(tokens, 1) / sum(batch.num_pairs for batch in batches)
+        ahead = self._look_ahead(batches) if len(batches) > 1 and self._couples_pairs else None
+        for index, batch in enumerate(batches):
+            ref_logps = self.reference(batch) if ahead is None else ahead[index].ref_logps
+            token_logps, stats = self.policy(batch, self._stats)
+            if ahead is None and self._moves_mean:
+                self._note_rewards(self._pair_sums(token_logps, batch), ref_logps)
+            result = pair_loss(
+                token_logps,
+                batch.cu_seqlens,
+                ref_logps,
+                self.loss,
+                log_sum_sq_probs=stats.get("log_sum_sq_probs"),
+                matches=None if ahead is None else ahead[index].matches,
+                mean_reward=None if self.mean_reward is None else self.mean_reward.value,
+                tokens_per_pair=tokens_per_pair,
+            )
+            yield result, self._sums(result, stats, batch)
+
+    @property
+    def _couples_pairs(self) -> bool:
+        return self._matches_pairs or self._moves_mean
+
+    @property
+    def _matches_pairs(self) -> bool:
+        return any(term.matched for term in self.loss.terms)
+
+    @property
+    def _moves_mean(self) -> bool:
+        return self.training and self.mean_reward is not None
+
+    @property
+    def _stats(self) -> tuple[str, ...]:
+        return (*TOKEN_STATS, "log_sum_sq_probs") if self.loss.weighting else TOKEN_STATS
+
+    @torch.no_grad()
+    def _look_ahead(self, batches: Sequence[PreferenceBatch]) -> list[Ahead]:
+        refs = [self.reference(batch) for batch in batches]
+        sums = [self._pair_sums(self.policy(batch)[0], batch) for batch in batches]
+        logps, ref_logps = torch.cat(sums), None if refs[0] is None else torch.cat(refs)  # type: ignore[arg-type]
+        if self._moves_mean:
+            self._note_rewards(logps, ref_logps)
+        matches: Sequence[Tensor | None] = [None] * len(batches)
+        if self._matches_pairs:
+            matches = match_pairs(logps, ref_logps).split([batch.num_pairs for batch in batches])
+        return [Ahead(*both) for both in zip(refs, matches, strict=True)]
+
+    def _pair_sums(self, token_logps: Tensor, batch: PreferenceBatch) -> Tensor:
+        return sequence_sums(token_logps.detach(), batch.cu_seqlens, self.loss.ld_alpha).view(-1, 2)
+
+    def _note_rewards(self, logps: Tensor, ref_logps: Tensor | None) -> None:
+        assert self.mean_reward is not None
+        self.mean_reward.update(self.loss.beta * (logps if ref_logps is None else logps - ref_logps))
 
     @torch.no_grad()
     def _sums(self, result: PairLoss, stats: dict[str, Tensor], batch: PreferenceBatch) -> Tensor:
-        rewards = self.beta * result.log_ratios
-        margins = rewards[:, 0] - rewards[:, 1]
+        margins = result.rewards[:, 0] - result.rewards[:, 1]
         per_pair = torch.stack(
-            [torch.ones_like(margins), result.losses.detach(), *rewards.unbind(1), margins > 0, margins], 1
+            [torch.ones_like(margins), result.losses.detach(), *result.rewards.unbind(1), margins > 0, margins], 1
         )
         tokens = torch.stack([torch.ones_like(stats["entropy"]), *(stats[name] for name in TOKEN_STATS)], 1)
         chosen, rejected = sequence_sums(tokens, batch.cu_seqlens).view(-1, 2, 4).double().sum(0)

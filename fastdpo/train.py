@@ -31,11 +31,12 @@ from fastdpo import build, checkpoint
 from fastdpo.batch import PreferenceBatch
 from fastdpo.config import DPOConfig
 from fastdpo.loader import eval_loader, length_of_run, set_epoch, train_loader
-from fastdpo.losses import loss_terms
+from fastdpo.losses import pairwise_loss
 from fastdpo.messages import show_messages
 from fastdpo.metrics import MetricSums, Running
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, build_optimizer
+from fastdpo.reference import NoReference
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
 from fastdpo_kernels.pair_loss import PairLoss
 
@@ -93,8 +94,9 @@ class DPOTrainer:
         self.train_dataset = tables.pop("train", None)
         self.eval_dataset = tables
         self.layout = build.common_layout(self.policy, ref_policy, self.processing_class)
-        self.reference = build.build_reference(self.policy, ref_policy, self.layout)
-        self.terms = loss_terms(args.loss_type, args.loss_weights, args)
+        self.reference = build.build_reference(self.policy, ref_policy, self.layout, args)
+        self.loss = pairwise_loss(args)
+        self.mean_reward = build.build_mean_reward(self.loss, args)
 
         self._margins_checked = self._evaluate_at_end = False
         self._start_engine()
@@ -114,7 +116,8 @@ class DPOTrainer:
     @property
     def ref_model(self) -> Any:
         """The reference's own model; None where it is the policy with its adapters switched."""
-        return None if self.reference.policy is self.policy else self.reference.policy.model
+        policy = self.reference.policy
+        return None if policy is None or policy is self.policy else policy.model
 
     def train(self, resume_from_checkpoint: None = None) -> TrainOutput:
         """Trains from the start; -> transformers' TrainOutput (global_step, training_loss, metrics)."""
@@ -142,7 +145,8 @@ class DPOTrainer:
         self.state.compute_steps(args, steps)
         self.control = TrainerControl()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._running = Running(self._preference_step(), trained)
+        self.mean_reward = build.build_mean_reward(self.loss, args)
+        self._running = Running(self._preference_step(training=True), trained)
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
@@ -188,10 +192,10 @@ class DPOTrainer:
         """All micro-batches of one step, their gradients those of the mean over its pairs; then one update."""
         args, running, handler = self.args, self._running, self.callback_handler
         total = sum(batch.num_pairs for batch in batches)
-        for index, batch in enumerate(batches):
+        batches = [batch.to(args.device, non_blocking=True) for batch in batches]
+        for index, (batch, (result, sums)) in enumerate(zip(batches, running.step(batches), strict=True)):
             running.tokens += batch.num_tokens
             running.pairs += batch.num_pairs
-            result, sums = running.step(batch.to(args.device, non_blocking=True))
             if not self._margins_checked:
                 self._check_first_margins(result, batch)
             running.sums.add(sums, skip_non_finite=args.logging_nan_inf_filter)
@@ -217,7 +221,8 @@ class DPOTrainer:
         catches a wrong reference, a wrong mask and a wrong mode at once.
         """
         self._margins_checked = True
-        if not self.reference.equals_policy or self.policy.noisy:
+        reference = self.reference
+        if isinstance(reference, NoReference) or not reference.equals_policy or self.policy.noisy:
             return
         largest = float(result.log_ratios.abs().max())
         if largest == 0:
@@ -225,9 +230,8 @@ class DPOTrainer:
             return
         # What is remembered may come from another micro-batch, so the reference runs again beside this one. What is
         # left can only be excused by what it varies by from run to run: 0 where kernels are deterministic.
-        batch = batch.to(self.args.device)
-        online = self.reference.compute(batch)
-        noise = float((online - self.reference.compute(batch)).abs().max())
+        online = reference.compute(batch)
+        noise = float((online - reference.compute(batch)).abs().max())
         difference = float((result.logps - online).abs().max())
         if not difference <= 4 * noise:
             raise RuntimeError(
@@ -298,7 +302,7 @@ class DPOTrainer:
 
     def _evaluate_table(self, name: str, table: build.Table) -> dict[str, float]:
         started = time.time()
-        step, sums, pairs, count = self._preference_step(), MetricSums(), 0, 0
+        step, sums, pairs, count = self._preference_step(training=False), MetricSums(), 0, 0
         loader = eval_loader(table, self.layout, self.args)
         training = self.policy.training
         self.policy.eval()
@@ -307,9 +311,9 @@ class DPOTrainer:
         with torch.no_grad():
             for batches in loader:
                 count += 1
-                for batch in batches:
-                    sums.add(step(batch.to(self.args.device, non_blocking=True))[1])
-                    pairs += batch.num_pairs
+                for _, summed in step([batch.to(self.args.device, non_blocking=True) for batch in batches]):
+                    sums.add(summed)
+                pairs += sum(batch.num_pairs for batch in batches)
                 self.control = handler.on_prediction_step(self.args, self.state, self.control)
         if sums.sums is None:
             raise ValueError(f"the evaluation set {name} gave no row")
@@ -370,8 +374,8 @@ class DPOTrainer:
                 stack.enter_context(checkpointing(self.policy, args.gradient_checkpointing_kwargs))
             yield
 
-    def _preference_step(self) -> PreferenceStep:
-        return PreferenceStep(self.policy, self.reference, self.terms, self.args.beta)
+    def _preference_step(self, training: bool) -> PreferenceStep:
+        return PreferenceStep(self.policy, self.reference, self.loss, self.mean_reward, training)
 
     def _start_engine(self) -> None:
         """Accelerate's state is one a process, and another trainer may have reset it: each run takes hold of it anew.

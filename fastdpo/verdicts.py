@@ -37,7 +37,8 @@ _WORKS = {
     "adapters": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora",
     "data": "dataset_train_split dataset_test_split max_length max_prompt_length max_completion_length truncation_mode "
     "dataset_num_proc remove_unused_columns",
-    "preference loss": "beta label_smoothing loss_type loss_weights",
+    "preference loss": "loss_type loss_weights beta label_smoothing discopop_tau simpo_gamma cpo_alpha "
+    "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free",
     "memory": "max_tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs "
     "activation_checkpointing activation_checkpointing_kwargs torch_empty_cache_steps",
     "batches and duration": "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
@@ -89,13 +90,10 @@ _NOT_YET = {
     ("compiling the model", "leave it off"): "torch_compile torch_compile_backend torch_compile_mode",
     ("quantised loading", "train LoRA on the model as it is, with use_peft=True"): "load_in_4bit load_in_8bit "
     "bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
-    ("a choice of reference", "leave it at its default, or give ref_model"): "reference_free sync_ref_model "
-    "ref_model_mixup_alpha ref_model_sync_steps precompute_ref_log_probs precompute_ref_batch_size model_adapter_name "
-    "ref_adapter_name force_use_ref_model ref_model_init_kwargs",
-    (
-        "this change of the loss",
-        "leave it at its default",
-    ): "rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting discopop_tau router_aux_loss_coef",
+    ("a choice of reference", "leave it at its default, or give ref_model"): "sync_ref_model ref_model_mixup_alpha "
+    "ref_model_sync_steps precompute_ref_log_probs precompute_ref_batch_size model_adapter_name ref_adapter_name "
+    "force_use_ref_model ref_model_init_kwargs",
+    ("a router's auxiliary loss", "leave it at its default"): "router_aux_loss_coef",
     ("evaluating in another precision", "set bf16=True or fp16=True, which evaluation follows"): "bf16_full_eval "
     "fp16_full_eval",
     ("embedding noise", "leave it off"): "neftune_noise_alpha",
@@ -163,19 +161,6 @@ def _verdicts() -> dict[str, Verdict]:
 
 VERDICTS: dict[str, Verdict] = _verdicts()
 
-LATER_LOSSES = (
-    "robust",
-    "exo_pair",
-    "bco_pair",
-    "sppo_hard",
-    "nca_pair",
-    "aot",
-    "aot_pair",
-    "aot_unpaired",
-    "apo_zero",
-)
-LATER_LOSSES += ("apo_down", "discopop", "sigmoid_norm", "sft", "simpo", "orpo", "cpo")
-
 ENUMS = {
     "eval_strategy": IntervalStrategy,
     "logging_strategy": IntervalStrategy,
@@ -186,6 +171,7 @@ ENUMS = {
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "truncation_mode": ("keep_end", "keep_start"),
+    "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
@@ -196,7 +182,7 @@ REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free", "a
 CHOICES["optim"] = tuple(name for name in CHOICES["optim"] if not name.startswith(REFUSED_OPTIMIZERS))
 
 RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("beta learning_rate adam_epsilon num_train_epochs lora_alpha", "above 0", lambda value: value > 0),
+    ("beta discopop_tau learning_rate adam_epsilon num_train_epochs lora_alpha", "above 0", lambda value: value > 0),
     (
         "max_length max_prompt_length max_completion_length dataset_num_proc max_tokens_per_microbatch lora_r "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
@@ -206,12 +192,13 @@ RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     (
         "weight_decay max_grad_norm warmup_steps eval_delay dataloader_num_workers seed data_seed logging_steps "
-        "eval_steps save_steps",
+        "eval_steps save_steps rpo_alpha simpo_gamma cpo_alpha",
         "0 or above",
         lambda value: value >= 0,
     ),
     ("adam_beta1 adam_beta2 lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1),
-    ("warmup_ratio", "between 0 and 1", lambda value: 0 <= value <= 1),
+    ("label_smoothing", "at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
+    ("warmup_ratio ld_alpha", "between 0 and 1", lambda value: 0 <= value <= 1),
     ("max_steps", "-1 (unset) or at least 1", lambda value: value == -1 or value >= 1),
 )
 

@@ -1,6 +1,7 @@
 """DPOConfig: every option is honoured, renamed or refused, and every bad value is one clear error."""
 
 import dataclasses
+import enum
 import logging
 import math
 import warnings
@@ -11,7 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from fastdpo.config import DPOConfig
 from fastdpo.losses import LOSSES
-from fastdpo.verdicts import LATER_LOSSES, VERDICTS
+from fastdpo.verdicts import VERDICTS
 
 # Every option of the DPOConfig that TRL 0.11 documents, with its default there.
 _FALSE = """overwrite_output_dir do_train do_eval do_predict prediction_loss_only logging_first_step save_on_each_node
@@ -189,6 +190,32 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name(tmp_path):
         ({"label_smoothing": 0.5}, "label_smoothing must be at least 0 and below 0.5"),
         ({"label_smoothing": 0.1, "loss_type": "hinge"}, "label_smoothing=0.1 has no effect on hinge"),
         ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing=0.1 has no effect on ipo"),
+        ({"label_smoothing": 0.1, "loss_type": "bco_pair"}, r"no effect on bco_pair: .*sigmoid, robust, exo_pair, aot"),
+        ({"discopop_tau": 0.0, "loss_type": "discopop"}, "discopop_tau must be above 0"),
+        ({"discopop_tau": 0.1}, "discopop_tau=0.1 has no effect on sigmoid: leave it at 0.05, or add .*discopop"),
+        ({"simpo_gamma": -0.1, "loss_type": "simpo"}, "simpo_gamma must be 0 or above"),
+        ({"simpo_gamma": 1.0}, "simpo_gamma=1.0 has no effect on sigmoid"),
+        ({"cpo_alpha": 0.5, "loss_type": ["orpo"]}, "cpo_alpha=0.5 has no effect on orpo"),
+        ({"bco_running_mean": False}, "bco_running_mean=False has no effect on sigmoid"),
+        ({"rpo_alpha": -1.0}, "rpo_alpha must be 0 or above"),
+        ({"ld_alpha": 1.5}, "ld_alpha must be between 0 and 1"),
+        ({"f_divergence_type": "kl"}, "f_divergence_type='kl' is none of reverse_kl, forward_kl"),
+        (
+            {"f_divergence_type": "js_divergence", "loss_type": ["sigmoid", "sppo_hard"]},
+            "'js_divergence' does not apply to sppo_hard",
+        ),
+        (
+            {"f_divergence_type": "forward_kl", "loss_type": "sft"},
+            "f_divergence_type='forward_kl' has no effect on sft",
+        ),
+        (
+            {"f_alpha_divergence_coef": 0.5},
+            "f_alpha_divergence_coef=0.5 has no effect on f_divergence_type='reverse_kl'",
+        ),
+        ({"use_weighting": True, "loss_type": ["sigmoid", "aot"]}, "use_weighting=True does not go with aot"),
+        ({"use_weighting": True, "loss_type": "aot_unpaired"}, "use_weighting=True does not go with aot_pair"),
+        ({"loss_type": [3]}, r"loss_type must be a list, got \[3\]"),
+        ({"loss_type": lambda m, chosen, rejected: torch.relu(chosen)}, "the formula <lambda> cannot be traced"),
         ({"loss_type": "hnge"}, "unknown loss 'hnge', there are .*; did you mean 'hinge'"),
         ({"loss_type": []}, "loss_type is empty"),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights has 1 numbers, loss_type 2 names"),
@@ -220,10 +247,22 @@ def test_a_bad_value_is_one_clear_error_in_the_constructor_and_when_assigned(opt
         assigned.validate()
 
 
-@pytest.mark.parametrize("name", [name for name in LATER_LOSSES if name not in LOSSES])
-def test_a_loss_of_a_later_version_is_not_called_unknown(name, tmp_path):
-    with pytest.raises(ValueError, match=f"loss_type '{name}' is not available yet"):
-        config(tmp_path, loss_type=name)
+def test_a_function_in_loss_type_is_taken_and_written_by_its_name(tmp_path):
+    def mine(m, chosen, rejected, beta):
+        return m.relu(beta * (rejected - chosen))
+
+    made = config(tmp_path, loss_type=mine)
+    assert made.loss_type == [mine] and made.to_dict()["loss_type"] == ["mine"]
+    assert '"mine"' in made.to_json_string() and "mine" in repr(made)
+    made.loss_type = ["sigmoid", mine]
+    made.loss_weights = [1.0, 0.5]
+    made.validate()
+    assert made.to_dict()["loss_type"] == ["sigmoid", "mine"]
+
+
+def test_the_help_of_loss_type_names_every_loss():
+    text = DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert text == f"One loss or several: {', '.join(LOSSES)}."
 
 
 def test_single_names_become_lists_and_json_becomes_a_dict(tmp_path):
@@ -318,9 +357,46 @@ def test_trl_arguments_keep_their_values_and_raise_for_what_is_not_there_yet(tmp
     assert (made.beta, made.loss_type, made.learning_rate, made.max_length) == (0.3, ["ipo"], 1e-6, 1024)
     assert (made.truncation_mode, made.gradient_checkpointing, made.bf16) == ("keep_start", True, True)
     assert made.ref_model_sync_steps == 64 and "TRL 1.16" not in caplog.text
-    for options in ({"sync_ref_model": True}, {"f_divergence_type": "js_divergence"}, {"pad_to_multiple_of": 8}):
+    for options in ({"sync_ref_model": True}, {"precompute_ref_log_probs": True}, {"pad_to_multiple_of": 8}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}="):
             DPOConfig.from_arguments(trl.DPOConfig(str(tmp_path), use_cpu=True, **options))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_alpha_of_trl_1_16_is_turned_around(tmp_path, caplog):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    theirs = trl.DPOConfig(
+        str(tmp_path), use_cpu=True, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.25
+    )
+    with caplog.at_level(logging.INFO, "fastdpo.config"):
+        assert DPOConfig.from_arguments(theirs).f_alpha_divergence_coef == 0.75
+    assert "f_alpha_divergence_coef=0.75 is alpha as in TRL 0.11 (0.25 in TRL 1.16)" in caplog.text
+    idle = trl.DPOConfig(str(tmp_path), use_cpu=True, f_alpha_divergence_coef=0.25)  # TRL does not look at it either
+    assert DPOConfig.from_arguments(idle).f_alpha_divergence_coef == 1.0
+
+
+def test_an_f_divergence_is_taken_as_the_enum_of_trl_0_11_too(tmp_path):
+    kind = enum.Enum("FDivergenceType", {"JS_DIVERGENCE": "js_divergence"}).JS_DIVERGENCE
+    assert config(tmp_path, f_divergence_type=kind).f_divergence_type == "js_divergence"
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"loss_type": "exo_pair"}, "label_smoothing of 0 for 0.001"),
+        ({"loss_type": "bco_pair"}, "their mean so far"),
+        ({"loss_type": "aot_unpaired"}, "pairs up the whole optimizer batch"),
+        ({"rpo_alpha": 1.0}, "chosen tokens of the optimizer batch"),
+        ({"loss_type": ["sigmoid", "sft"]}, "chosen tokens of the optimizer batch"),
+        ({"loss_type": "orpo"}, "scores responses only"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_differs_from_trl_s_is_named(options, line, tmp_path):
+    told = {"learning_rate": 1e-6, "truncation_mode": "keep_start", "gradient_checkpointing": True}
+    assert line in "\n".join(config(tmp_path, **told, **options).differences_from_trl())
+    quiet = {"loss_type": "bco_pair", "bco_running_mean": False}
+    assert config(tmp_path, **told, **quiet).differences_from_trl() == []
 
 
 def test_options_that_differ_from_trl_are_named(tmp_path):

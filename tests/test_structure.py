@@ -93,6 +93,13 @@ def test_a_bare_checkout_works_on_the_python_path() -> None:
     assert run.stdout.strip() == "DPOConfig", run.stderr
 
 
+def test_the_losses_load_neither_sympy_nor_triton_before_something_needs_them() -> None:
+    """Every DPOConfig reads them, on machines that have no Triton, too."""
+    code = "import sys, fastdpo.losses; print({'sympy', 'triton', 'transformers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
 def test_no_module_is_called_utils_common_or_helpers() -> None:
     names = {path.stem for path in [*FASTDPO.values(), *KERNELS]}
     assert not names & {"utils", "common", "helpers", "misc"}

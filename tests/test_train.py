@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
 import fastdpo
+from fastdpo import losses as declared
 from fastdpo.batch import pack
 from fastdpo.data import TokenPair
+from fastdpo.losses import LOSSES, pairwise_loss
+from fastdpo.model import Policy
+from fastdpo_kernels.pair_loss import PairLoss, PairwiseLoss, pair_loss, sequence_sums
 
 EVERY_LINEAR = LoraConfig(r=4, target_modules="all-linear")
 
@@ -112,6 +117,7 @@ STARTS = {
         {"peft_config": LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")},
     ),
     "trained adapter": lambda: (_adapted(True, trained=True), {}),
+    "ld_alpha": lambda: (tiny_llama(), {"ld_alpha": 0.5}),
     "bfloat16 full": lambda: (tiny_llama().bfloat16(), {"bf16": True, "use_cpu": True}),
     "bfloat16 lora": lambda: (tiny_llama().bfloat16(), {"bf16": True, "use_cpu": True, "peft_config": EVERY_LINEAR}),
 }
@@ -158,10 +164,16 @@ def _step_gradients(rows: list, tokenizer: Any, **options: Any) -> dict[str, tor
     return seen
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
-def test_gradients_do_not_depend_on_how_the_optimizer_batch_is_split(loss, rows, tokenizer, quick) -> None:
+SPLITS = [(12, 1, 10**6), (4, 3, None), (12, 1, 60), (1, 12, None), (12, 1, 200)]  # pairs, batches of them, tokens
+# The others see nothing of the optimizer batch but their own pair.
+SPLIT_CASES: list[tuple[Any, int]] = [("sigmoid", 5), ("ipo", 5), ("hinge", 5), (["sigmoid", "sft"], 3), ("orpo", 2)]
+SPLIT_CASES += [("aot", 3), ("aot_pair", 3), ("bco_pair", 3)]
+
+
+@pytest.mark.parametrize(("loss", "count"), SPLIT_CASES, ids=str)
+def test_gradients_do_not_depend_on_how_the_optimizer_batch_is_split(loss, count, rows, tokenizer, quick) -> None:
     quick |= {"max_steps": 1, "loss_type": loss}
-    splits = [(12, 1, 10**6), (4, 3, None), (1, 12, None), (12, 1, 60), (12, 1, 200)]
+    splits = SPLITS[:count]
     whole, *others = [
         _step_gradients(
             rows,
@@ -277,6 +289,7 @@ def test_no_prompt_row_reaches_the_head_and_each_reference_row_is_computed_once(
 
 def test_a_step_reads_nothing_back_to_the_host(rows, tokenizer, quick, monkeypatch) -> None:
     """Every way from a tensor to a Python number raises inside of the optimizer step, after the first one's check."""
+    monkeypatch.setattr("fastdpo_kernels.linear_logps._check_targets", lambda *_: None)  # on a CPU it costs no sync
     trainer = fastdpo.DPOTrainer(
         tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
     )
@@ -660,3 +673,176 @@ def test_adapters_that_packed_pairs_have_no_place_for_are_refused(rows, tokenize
     for model, peft_config in ((tiny_llama(), config), (get_peft_model(tiny_llama(), config), None)):
         with pytest.raises(ValueError, match="virtual tokens"):
             fastdpo.train(model, rows, processing_class=tokenizer, peft_config=peft_config, **quick)
+
+
+# Every loss through the trainer
+
+
+def other_model() -> Any:
+    """A reference that the policy does not start from."""
+    model = tiny_llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    return model
+
+
+def plain_token_logps(model: Any, table: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the response tokens and log sum_v p_v^2, from the model's own logits, sequence by sequence."""
+    logps, sum_sq = [], []
+    for row in table:
+        for response in (row["chosen_ids"], row["rejected_ids"]):
+            logits = model(torch.tensor([[*row["prompt_ids"], *response]])).logits[0, -len(response) - 1 : -1]
+            log_probs = logits.log_softmax(-1)
+            logps.append(log_probs.gather(1, torch.tensor(response)[:, None])[:, 0])
+            sum_sq.append((2 * log_probs).logsumexp(-1))
+    return torch.cat(logps), torch.cat(sum_sq).detach()
+
+
+def plain_result(loss: PairwiseLoss, model: Any, ref_model: Any, table: Any) -> PairLoss:
+    """The loss of all pairs of a table at once, without anything of the trainer's."""
+    lengths = [len(row[side]) for row in table for side in ("chosen_ids", "rejected_ids")]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    token_logps, sum_sq = plain_token_logps(model, table)
+    ref_logps = None
+    if ref_model is not None:
+        with torch.no_grad():
+            ref_logps = sequence_sums(plain_token_logps(ref_model, table)[0], cu_seqlens, loss.ld_alpha).view(-1, 2)
+    sums = sequence_sums(token_logps.detach(), cu_seqlens, loss.ld_alpha).view(-1, 2)
+    mean_reward = loss.beta * (sums if ref_logps is None else sums - ref_logps).mean()
+    return pair_loss(token_logps, cu_seqlens, ref_logps, loss, log_sum_sq_probs=sum_sq, mean_reward=mean_reward)
+
+
+OF_THE_POLICY_ALONE = ("sft", "simpo", "orpo", "cpo")
+OPTION_CASES: dict[str, dict[str, Any]] = {name: {"loss_type": name} for name in LOSSES} | {
+    "smoothed": {"loss_type": ["sigmoid", "robust", "aot", "cpo"], "label_smoothing": 0.2},
+    "weighted list": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "rpo_alpha": {"rpo_alpha": 0.5},
+    "forward_kl": {"f_divergence_type": "forward_kl"},
+    "js_divergence": {"f_divergence_type": "js_divergence", "loss_type": ["ipo", "hinge"]},
+    "alpha_divergence": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+    "discopop_tau": {"loss_type": "discopop", "discopop_tau": 0.5},
+    "ld_alpha": {"ld_alpha": 0.3, "loss_type": ["sigmoid", "aot", "sft"]},
+    "use_weighting": {"use_weighting": True, "loss_type": ["sigmoid", "sft"]},
+    "reference_free": {"reference_free": True, "loss_type": ["sigmoid", "aot_pair", "bco_pair"]},
+}
+
+
+@pytest.mark.parametrize("options", OPTION_CASES.values(), ids=OPTION_CASES)
+def test_the_first_step_has_the_loss_and_gradient_of_the_plain_logits(options, rows, tokenizer, quick) -> None:
+    """The optimizer batch comes in several micro-batches, and everything is computed at once here."""
+    quick |= {"max_steps": 2, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    quick |= {"max_tokens_per_microbatch": 100, **options}
+    without = options.get("reference_free") or options.get("loss_type") in OF_THE_POLICY_ALONE
+    ref_model = None if without else other_model()
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    out = fastdpo.train(tiny_llama(), rows, None, ref_model, tokenizer, callbacks=[Keep()], **quick)
+    table, model, loss = out.trainer.train_dataset.select(range(6)), tiny_llama(), pairwise_loss(out.trainer.args)
+    result = plain_result(loss, model, ref_model, table)
+    result.losses.mean().backward()
+    first = out.history[0]
+    assert first["loss"] == pytest.approx(float(result.losses.detach().mean()), rel=2e-6)
+    assert first["rewards/chosen"] == pytest.approx(float(result.rewards[:, 0].mean()), rel=2e-5)
+    for name, parameter in model.named_parameters():
+        gradient = gradients[0][name]
+        assert (gradient - parameter.grad).abs().max() <= 1e-5 * parameter.grad.abs().max(), name
+    assert all(math.isfinite(value) for row in out.history for value in row.values())
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Fills with one entry a forward pass of any policy: whether it was one with gradients."""
+    seen: list[bool] = []
+    forward = Policy.forward
+    monkeypatch.setattr(Policy, "forward", lambda *args: seen.append(torch.is_grad_enabled()) or forward(*args))
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"loss_type": "simpo"}, {"reference_free": True}], ids=str)
+def test_a_run_that_sees_no_reference_computes_none(options, rows, tokenizer, quick, monkeypatch) -> None:
+    args = fastdpo.DPOConfig(**quick | {"max_steps": 3, "max_tokens_per_microbatch": 10**6, **options})
+    trainer = fastdpo.DPOTrainer(tiny_llama(), args=args, train_dataset=rows, processing_class=tokenizer)
+    seen = passes(monkeypatch)
+    trainer.train()
+    assert seen == [True] * 3 and trainer.ref_model is None
+    for row in trainer.state.log_history[:-1]:
+        for side in ("chosen", "rejected"):
+            assert row[f"rewards/{side}"] == pytest.approx(0.1 * row[f"logps/{side}"], rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["aot", "bco_pair", "sigmoid"])
+def test_a_second_pass_comes_only_with_coupled_pairs_in_several_micro_batches(
+    loss, rows, tokenizer, quick, monkeypatch
+) -> None:
+    seen = passes(monkeypatch)
+    monkeypatch.setattr("fastdpo.loader.CPU_TOKENS", None)
+    for accumulation in (1, 2):
+        options = {"max_steps": 1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": accumulation}
+        args = fastdpo.DPOConfig(**quick | options, loss_type=loss)
+        trainer = fastdpo.DPOTrainer(tiny_llama(), args=args, train_dataset=rows, processing_class=tokenizer)
+        seen.clear()
+        trainer.train()
+        ahead = accumulation if accumulation > 1 and loss != "sigmoid" else 0
+        assert seen.count(True) == accumulation  # the policy's
+        assert seen.count(False) == accumulation + ahead  # the reference's, and the policy's ahead
+
+
+def test_bco_pair_s_mean_reward_is_that_of_all_pairs_trained_on_and_evaluation_leaves_it(
+    rows, tokenizer, quick
+) -> None:
+    quick |= {"loss_type": "bco_pair", "max_tokens_per_microbatch": 100, "max_steps": 5}
+    args = fastdpo.DPOConfig(**quick)
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(), args=args, train_dataset=rows[:9], eval_dataset=rows, processing_class=tokenizer
+    )
+    before = trainer.evaluate()
+    assert float(trainer.mean_reward.value) == 0 and before["eval_loss"] == pytest.approx(2 * math.log(2), rel=1e-6)
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    pairs = [6, 3, 6, 3, 6]
+    rewards = [(row["rewards/chosen"] + row["rewards/rejected"]) / 2 for row in steps]
+    mean = sum(count * reward for count, reward in zip(pairs, rewards, strict=True)) / sum(pairs)
+    assert mean != 0 and float(trainer.mean_reward.value) == pytest.approx(mean, rel=1e-5)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert float(trainer.mean_reward.value) == pytest.approx(mean, rel=1e-5)
+    assert first["eval_loss"] == second["eval_loss"]
+    without = fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, bco_running_mean=False, **quick)
+    assert without.trainer.mean_reward is None
+
+
+def test_evaluation_of_matched_pairs_does_not_depend_on_micro_batches(rows, tokenizer, quick) -> None:
+    quick |= {"loss_type": ["aot", "sft"], "per_device_eval_batch_size": 12}
+    metrics = []
+    for tokens in (10**6, 60):
+        args = fastdpo.DPOConfig(**quick, max_tokens_per_microbatch=tokens)
+        trainer = fastdpo.DPOTrainer(
+            tiny_llama(), other_model(), args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
+        )
+        metrics.append(trainer.evaluate()["eval_loss"])
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-6)
+
+
+def test_a_reference_that_nothing_looks_at_is_refused(rows, tokenizer, quick) -> None:
+    for options in ({"loss_type": ["simpo", "sft"]}, {"reference_free": True}):
+        with pytest.raises(ValueError, match="ref_model is given, but with .* it would never be looked at"):
+            fastdpo.train(tiny_llama(), rows, None, tiny_llama(), tokenizer, **quick, **options)
+
+
+def test_the_examples_in_the_docs_run(model, rows, tokenizer, quick, tmp_path, monkeypatch) -> None:
+    page = (Path(__file__).parent.parent / "docs/losses.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    train, less = fastdpo.train, quick | {"processing_class": tokenizer, "max_steps": 2}
+    monkeypatch.setattr(fastdpo, "train", lambda *args, **options: train(*args, **less | options))
+    monkeypatch.setattr(declared, "LOSSES", dict(LOSSES))
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        scope: dict[str, Any] = {"model": model, "rows": rows}
+        exec(example, scope)
+        losses = [row["loss"] for row in scope["out"].history if "loss" in row]
+        assert len(losses) == 2 and losses[1] < losses[0]
+        assert (tmp_path / "better/metrics.jsonl").exists()

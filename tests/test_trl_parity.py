@@ -50,6 +50,7 @@ class Case:
     accumulation: int  # micro-batches that the 4 pairs of a step come in
     learning_rate: float
     tied: bool = False
+    weights: tuple[float, ...] | None = None  # of the losses in `loss`, joined by +
 
     def __str__(self) -> str:
         return f"{self.loss}-{'lora' if self.lora else 'full'}-{'tied-' * self.tied}accumulate{self.accumulation}"
@@ -63,6 +64,10 @@ CASES = (
     # beta so large that the hinge is flat for some pairs by the end
     Case("hinge", 0.5, lora=True, accumulation=2, learning_rate=1e-2),
     Case("hinge", 1.0, lora=False, accumulation=1, learning_rate=1e-3),
+    Case("apo_zero", 0.5, lora=True, accumulation=2, learning_rate=1e-2),
+    Case("sppo_hard", 0.3, lora=False, accumulation=2, learning_rate=1e-3),
+    # sft is a mean over the tokens of the optimizer batch here, of the micro-batch there
+    Case("sigmoid+sft", 0.2, lora=True, accumulation=1, learning_rate=1e-2, weights=(1.0, 0.3)),
 )
 
 
@@ -100,7 +105,8 @@ def options(case: Case, output_dir: Path) -> dict[str, Any]:
     """What both configs are given, under the same names."""
     return {
         "output_dir": str(output_dir),
-        "loss_type": [case.loss],
+        "loss_type": case.loss.split("+"),
+        "loss_weights": None if case.weights is None else list(case.weights),
         "beta": case.beta,
         "learning_rate": case.learning_rate,
         "optim": "adamw_torch",
