@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.roofline import FORWARD, FROZEN_HEAD, TRAINED_HEAD
 from benchmarks.workload import MAX_LENGTH, VOCABULARY
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,41 @@ class Tolerances:
     grad_norm_relative: float
     least_movement: float  # nats that a loss of fastdpo must leave ln 2 by: equal curves that stood still show nothing
     why: str
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The most that a contender may take on one GPU."""
+
+    gpu: str
+    op: str
+    shape: tuple[int, ...]
+    wants: str
+    contender: str
+    what: str  # of kernel_table.QUANTITIES
+    most: float
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What the kernel benchmarks run on a device."""
+
+    heads: tuple[tuple[int, int, int], ...]  # rows N, vocabulary V, hidden size D of linear_logps
+    dtype: str
+    # A contender further from fp64 truth computes something else and gets no time: log-probs in nats (root mean square
+    # over all rows), gradients as |error| / |truth|.
+    allowed_logp_error: float
+    allowed_gradient_error: float
+    why_allowed: str
+    laps: int  # times that all contenders of a shape take their turn, one after the other
+    least_rounds: int  # of one contender in one lap, and for how many seconds at least
+    seconds: float
+    matmul_side: int  # the square product and the copy whose rates are the ceilings
+    copy_bytes: int
+    expected: tuple[str, float, float] | None  # GPU, FLOP/s and bytes/s to predict from while nothing is measured
+    aims: tuple[Aim, ...]
+    notes: tuple[str, ...]
+    unmeasured: str
 
 
 @dataclass(frozen=True)
@@ -61,6 +97,7 @@ class Device:
     peak_memory: Callable[[], int]  # bytes, the most since restart_peak
     notes: tuple[str, ...]  # of its table alone
     unmeasured: str  # what its table will hold
+    kernels: KernelBench
 
 
 def _nothing() -> None:
@@ -175,6 +212,36 @@ CPU = Device(
         "Memory is the most that the run's process had resident.",
     ),
     unmeasured="a training step of a small Llama in fp32 against TRL 1.16, default and tuned",
+    kernels=KernelBench(
+        heads=((256, 4096, 256), (512, 16_000, 256)),
+        dtype="float32",
+        allowed_logp_error=1e-4,
+        allowed_gradient_error=1e-4,
+        why_allowed="fp32 rounding stays below 1e-5 here; TF32 would not.",
+        laps=2,
+        least_rounds=3,
+        seconds=0.05,
+        matmul_side=2048,
+        copy_bytes=2**28,
+        expected=None,
+        aims=(),
+        notes=(
+            "Peak memory is the most that torch had allocated during one call beyond its inputs, by its profiler's "
+            "allocation events; time is the host's clock.",
+        ),
+        unmeasured="linear_logps and pair_loss on a CPU, plain torch and what peers have there",
+    ),
+)
+
+_LLAMA_3_8B = (8192, 128_256, 4096)
+H200_AIMS = (
+    Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FORWARD, "fastdpo streamed", "ms", 1.10 * 11.4),
+    Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed", "ms", 1.10 * 22.8),
+    Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, TRAINED_HEAD, "fastdpo streamed", "ms", 1.15 * 45),
+    Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed", "MB beside results", 300),
+    Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed, 64 MiB", "MB beside results", 70),
+    Aim("NVIDIA H200", "pair_loss", (64,), "sigmoid, forward", "fastdpo triton", "launches", 1),
+    Aim("NVIDIA H200", "pair_loss", (64,), "sigmoid, forward and backward", "fastdpo triton", "GPU µs", 15),
 )
 
 CUDA = Device(
@@ -231,6 +298,30 @@ CUDA = Device(
     unmeasured=(
         "a training step of Llama-3.2-1B's shape in bf16, time and peak memory, against TRL 1.16, default and tuned "
         "(`make gpu`, or `python -m benchmarks step --device cuda`, on a machine with an NVIDIA GPU)"
+    ),
+    kernels=KernelBench(
+        heads=(_LLAMA_3_8B, (8192, 151_936, 3584), (2048, 128_256, 4096), (4096, 32_000, 4096)),
+        dtype="bfloat16",
+        allowed_logp_error=5e-2,
+        allowed_gradient_error=6e-2,
+        why_allowed="bf16 logits of 20 are rounded by up to 6e-2 nats; a gradient added up in bf16 from 1000 tiles, as "
+        "cut-cross-entropy does, errs by 3e-2 by count.",
+        laps=2,
+        least_rounds=5,
+        seconds=0.1,
+        matmul_side=8192,
+        copy_bytes=2**32,
+        expected=("NVIDIA H200", 790e12, 4.3e12),
+        aims=H200_AIMS,
+        notes=(
+            "Peak memory is the most that torch had allocated on the GPU during one call beyond its inputs; time is "
+            "the GPU's, between events, the L2 cache flushed before each call.",
+        ),
+        unmeasured=(
+            "linear_logps at the shapes of Llama-3 and Qwen2.5 in bf16 and pair_loss of 64 pairs, against torch, "
+            "torch.compile, Liger, cut-cross-entropy and TRL (`make gpu`, or `python -m benchmarks kernels --device "
+            "cuda`, on a machine with an NVIDIA GPU)"
+        ),
     ),
 )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,14 +18,13 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks import flops, workload
 from benchmarks.device import DEVICES, ROOT, Device, Tolerances
+from benchmarks.provenance import provenance
 from benchmarks.run import LORA_RANK, RunResult, RunSpec
 from benchmarks.table import LATER, render, span_in_words
 
@@ -88,7 +86,9 @@ def main(options: Namespace) -> int:
 
 
 def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict[str, Any]:
-    origin = provenance(options, machine)  # before the runs: the commit and the load they started from
+    origin = provenance(
+        machine, options.threads, PACKAGES, options.commit
+    )  # before the runs: the commit and the load they started from
     base = RunSpec("fastdpo", device.name, options.pairs, options.epochs, options.batch, threads=options.threads)
     tuning = search_tuned(base, device) if options.tune else []
     settings = tuned_settings(options.batch, min(device.tuned_micro_batch, options.batch))
@@ -351,27 +351,3 @@ def describe_workload(options: Namespace, device: Device) -> dict[str, Any]:
         "longest": max(totals),
         "prompt_to_response": 2 * sum(p.prompt for p in lengths) / sum(p.chosen + p.rejected for p in lengths),
     }
-
-
-def provenance(options: Namespace, machine: dict[str, Any]) -> dict[str, Any]:
-    """Machine, versions and commit: a number without them does not exist."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": options.commit or git("rev-parse", "HEAD") or "none",
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "fastdpo", "kernels", "benchmarks/*.py")),
-        "machine": {**machine, "threads": options.threads},
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "load_before": os.getloadavg()[0],  # other work on the machine is in every wall time
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.device import DEVICES
+from benchmarks import kernel_table
+from benchmarks.device import CUDA, DEVICES
+from benchmarks.markdown import machine_in_words, table, versions_in_words
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -30,8 +32,6 @@ def render(result: dict[str, Any]) -> str:
 def _heading(result: dict[str, Any]) -> str:
     work, machine = result["workload"], result["machine"]
     parts = work["parameters"]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
     head = "untied" if parts["untied_head"] else "tied to the embedding"
     return (
         f"### A training step on {DEVICES[result['device']].title}\n\n"
@@ -40,17 +40,9 @@ def _heading(result: dict[str, Any]) -> str:
         f"LoRA r={work['lora_rank']} on all linear modules, {work['dtype']}. {work['pairs']} pairs, "
         f"{work['batch']} an optimizer step, {work['median_tokens']:.0f} tokens a sequence (median; longest "
         f"{work['longest']}), prompts {work['prompt_to_response']:.2f} times as long as a response.\n\n"
-        f"{_machine(machine)}; load before the runs {result['load_before']:.1f}. Python {result['python']}, "
-        f"{versions}. {result['date']}, commit {result['commit'][:12]}{changes}. Medians of {work['repeat']}."
+        f"{machine_in_words(machine)}; load before the runs {result['load_before']:.1f}. {versions_in_words(result)}. "
+        f"Medians of {work['repeat']}."
     )
-
-
-def _machine(machine: dict[str, Any]) -> str:
-    processor = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    if "gpu" not in machine:
-        return processor
-    memory = f"{machine['gpu_memory'] / 2**30:.0f} GiB"
-    return f"{machine['gpu']}, {memory}, driver {machine['driver']}, CUDA {machine['cuda']}; {processor}"
 
 
 def _runs(result: dict[str, Any]) -> str:
@@ -60,7 +52,7 @@ def _runs(result: dict[str, Any]) -> str:
     rows = [[name, *_run(row, spans)] for name, row in result["configurations"].items()]
     formula = [_giga(value) for value in result["formula_flops_per_pair"].values()]
     rows.append(["fastdpo, by formula", "", *[""] * len(spans), *formula, "", ""])
-    return _table([*header, "peak MiB", "added MiB"], rows)
+    return table([*header, "peak MiB", "added MiB"], rows)
 
 
 def _run(row: dict[str, Any], spans: list[str]) -> list[str]:
@@ -82,7 +74,7 @@ def _ratios(result: dict[str, Any]) -> str:
         else [ratio["name"], f"{ratio['value']:.2f}", "", ""]
         for ratio in result["ratios"]
     ]
-    return _table(["ratio", "measured", "aim", ""], rows)
+    return table(["ratio", "measured", "aim", ""], rows)
 
 
 def _tuning(tuning: list[dict[str, Any]]) -> str:
@@ -91,7 +83,7 @@ def _tuning(tuning: list[dict[str, Any]]) -> str:
         for row in sorted(tuning, key=lambda row: row["seconds"])
     ]
     header = ["settings", f"s, {span_in_words(str(tuning[0]['epochs']))}"]
-    return "TRL's settings that were tried, rows sorted by length:\n\n" + _table(header, rows)
+    return "TRL's settings that were tried, rows sorted by length:\n\n" + table(header, rows)
 
 
 def _notes(result: dict[str, Any]) -> str:
@@ -127,11 +119,6 @@ def _gate(tolerances: dict[str, Any]) -> str:
     )
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def span_in_words(span: str) -> str:
     return "later epochs" if span == LATER else f"{span} epoch" + ("" if span == "1" else "s")
 
@@ -146,18 +133,26 @@ def _giga(count: float) -> str:
 
 def generated(folder: Path = RESULTS) -> str:
     """A table for each file of results/, and what no file holds yet, as it stands between the markers."""
-    parts = [render(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
-    missing = [device for device in DEVICES.values() if not (folder / f"step-{device.name}.json").exists()]
-    if missing:
-        parts.append("\n".join(["### Not yet measured\n", *(f"- {device.unmeasured}" for device in missing)]) + "\n")
+    parts = [render(_read(file)) for file in sorted(folder.glob("step-*.json"))]
+    parts += [kernel_table.render(_read(file)) for file in sorted(folder.glob("kernels-*.json"))]
+    missing = [device.unmeasured for device in DEVICES.values() if not (folder / f"step-{device.name}.json").exists()]
+    kernels = [device for device in DEVICES.values() if not (folder / f"kernels-{device.name}.json").exists()]
+    if missing or kernels:
+        lines = [f"- {text}" for text in (*missing, *(device.kernels.unmeasured for device in kernels))]
+        parts.append("\n".join(["### Not yet measured\n", *lines]) + "\n")
+    parts += [kernel_table.predictions(device) for device in kernels if device.kernels.expected]
     return "\n".join(parts)
 
 
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
+
+
 def summary(folder: Path = RESULTS) -> str:
-    """The front page's table: the runs of each file of results/ in one line each, without their details."""
+    """The front page's tables: each file's runs in one line each, without their details, and a GPU's kernels."""
     parts = []
-    for file in sorted(folder.glob("*.json")):
-        result = json.loads(file.read_text())
+    for file in sorted(folder.glob("step-*.json")):
+        result = _read(file)
         work, machine = result["workload"], result["machine"]
         spans = list(result["formula_flops_per_pair"])
         rows = [[name, *_run(row, spans)[1:-1]] for name, row in result["configurations"].items()]
@@ -165,8 +160,10 @@ def summary(folder: Path = RESULTS) -> str:
         header = ["", *(f"pairs/s, {s}" for s in words), *(f"GFLOP/pair, {s}" for s in words), "peak MiB"]
         parts.append(
             f"{_million(work['parameters']['total'])} Llama, LoRA r={work['lora_rank']}, {work['dtype']}, pairs as "
-            f"long as HH-RLHF's, {_machine(machine)}, {result['date']}:\n\n{_table(header, rows)}\n"
+            f"long as HH-RLHF's, {machine_in_words(machine)}, {result['date']}:\n\n{table(header, rows)}\n"
         )
+    if (kernels := folder / f"kernels-{CUDA.name}.json").exists():
+        parts.append(kernel_table.summary(_read(kernels)))
     return "\n".join(parts)
 
 

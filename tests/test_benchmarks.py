@@ -1,7 +1,8 @@
 """The benchmark tool, driven from its command line: what it refuses, when it stays silent, and what it wrote down.
 
 The tests of the harness run a copy of benchmarks/ whose training run is replaced by given numbers: they take seconds.
-What a GPU run does is run here as far as a CPU can: its specs, its gate, and its recipe on a small model.
+What a GPU run does is run here as far as a CPU can: its specs, its gate, and its recipe on a small model. The kernels'
+contenders are held to the truth that times them on a small head.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +23,26 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # plain `pytest` finds tests/ only
-from benchmarks import flops, step, workload  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_linear_logps,
+    bench_pair_loss,
+    contenders,
+    flops,
+    heads,
+    kernel_table,
+    pairs,
+    step,
+    turn,
+    workload,
+)
 from benchmarks import run as training  # noqa: E402
 from benchmarks.device import CPU, CUDA, DEVICES  # noqa: E402
+from benchmarks.measure import CpuMeter, median_seconds  # noqa: E402
+from benchmarks.record import Results, Row  # noqa: E402
+from benchmarks.roofline import FORWARD, FROZEN_HEAD, TRAINED_HEAD, Ceilings, Work, head_work  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("step-*.json"))
+KERNEL_RESULTS = sorted((ROOT / "benchmarks" / "results").glob("kernels-*.json"))
 
 # Put in place of benchmarks.run.run: TRL needs 4 s an epoch after 1 s, fastdpo 1 s an epoch, both the same curve.
 STAND_IN = """
@@ -123,8 +140,9 @@ def test_a_loss_that_differs_by_two_thousandths_is_an_error_and_gives_no_number(
     assert not output.exists()
 
 
-def test_without_a_cuda_device_the_step_says_so_and_ends_well(tmp_path: Path) -> None:
-    done = benchmarks(ROOT, "step", "--device", "cuda", "--output", str(tmp_path / "out.json"))
+@pytest.mark.parametrize("command", ["step", "kernels"])
+def test_without_a_cuda_device_a_benchmark_says_so_and_ends_well(command: str, tmp_path: Path) -> None:
+    done = benchmarks(ROOT, command, "--device", "cuda", "--output", str(tmp_path / "out.json"))
     assert (done.returncode, done.stdout) == (0, "skipped: no CUDA device that torch can use\n"), done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -134,7 +152,7 @@ def test_a_gpus_results_stand_beside_the_cpus(copy: Path) -> None:
     file, readme = copy / "benchmarks/results/step-cuda.json", copy / "benchmarks/README.md"
     file.unlink(missing_ok=True)
     assert benchmarks(copy, "table").returncode == 0
-    assert "### Not yet measured" in readme.read_text()
+    assert CUDA.unmeasured in readme.read_text()
     done = benchmarks(copy, "step", "--device", "cuda", "--commit", "abc")
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
@@ -150,7 +168,7 @@ def test_a_gpus_results_stand_beside_the_cpus(copy: Path) -> None:
     assert benchmarks(copy, "table").returncode == 0
     text = readme.read_text()
     assert "### A training step on the CPU" in text and "### A training step on a GPU" in text
-    assert "NVIDIA H200, 150 GiB, driver 580.1, CUDA 13.0" in text and "### Not yet measured" not in text
+    assert "NVIDIA H200, 150 GiB, driver 580.1, CUDA 13.0" in text and CUDA.unmeasured not in text
 
 
 def test_a_trl_configuration_that_dies_costs_its_own_row_only(copy: Path) -> None:
@@ -308,3 +326,301 @@ def test_the_recorded_runs_start_at_ln_2(result: dict) -> None:
     for row in result["configurations"].values():
         for run in row["runs"]:
             assert run["losses"][0] == pytest.approx(math.log(2), abs=result["tolerances"]["first_loss"])
+
+
+def test_the_least_work_counts_one_two_and_three_products() -> None:
+    shape, ceilings = (8192, 128_256, 4096), Ceilings(790e12, 4.3e12)
+    product = 2 * 8192 * 128_256 * 4096
+    assert [head_work(shape, wants, 2).flops / product for wants in kernel_table.WANTS] == [1, 2, 3]
+    assert [round(1e3 * head_work(shape, wants, 2).seconds(ceilings), 1) for wants in kernel_table.WANTS] == [
+        10.9,
+        21.8,
+        32.7,
+    ]
+    few = (1, 128_256, 4096)  # one row reads the whole head: bound by bytes
+    assert head_work(few, FORWARD, 2).seconds(ceilings) == pytest.approx(2 * 128_257 * 4096 / 4.3e12, rel=1e-3)
+    gradients = [head_work(few, wants, 2).bytes - head_work(few, FORWARD, 2).bytes for wants in kernel_table.WANTS]
+    assert gradients == [0, 2 * 4096, 2 * (1 + 128_256) * 4096]
+
+
+@pytest.fixture(scope="module")
+def head() -> heads.Head:
+    return heads.make_head((520, 1030, 64), "float32", "cpu")
+
+
+def test_a_heads_truth_is_that_of_autograd_in_fp64(head: heads.Head) -> None:
+    hidden, weight = head.hidden.double().requires_grad_(), head.weight.double().requires_grad_()
+    logps = (hidden @ weight.T).log_softmax(-1).gather(1, head.targets[:, None])[:, 0]
+    gradients = torch.autograd.grad(logps, (hidden, weight), head.upstream.double())
+    assert max(heads.errors(head, TRAINED_HEAD, (logps.detach(), *gradients)).values()) < 1e-13
+    one_off = logps.detach().clone()
+    one_off[-1] += 0.1
+    assert heads.errors(head, FORWARD, (one_off,))["logps"] == pytest.approx(0.1 / 520**0.5, rel=1e-3)
+
+
+def test_targets_are_likely_from_one_to_99_percent_and_sequences_share_their_upstream(head: heads.Head) -> None:
+    chances = head.truth.logps.exp()
+    assert chances.min() < 0.02 and chances.max() > 0.97 and abs(chances.median() - 0.5) < 0.05
+    values = head.upstream.unique_consecutive()
+    assert len(values) == 2 and values[0] > 0 > values[1]
+    assert 0 < head.truth.kept_tiles <= 1
+    again = heads.make_head((520, 1030, 64), "float32", "cpu")
+    assert torch.equal(again.hidden, head.hidden) and torch.equal(again.targets, head.targets)
+
+
+def test_rare_tokens_leave_tiles_that_a_filter_may_skip() -> None:
+    assert 0.2 < heads.make_head((128, 128_256, 128), "float32", "cpu").truth.kept_tiles < 0.5
+
+
+@pytest.mark.parametrize("name", [name for name in contenders.CONTENDERS if name != "torch.compile"])  # it takes long
+def test_a_contender_that_runs_here_computes_log_probs_and_gradients(name: str, head: heads.Head) -> None:
+    """The way each is called and its sign; what needs a GPU says so."""
+    try:
+        way = contenders.CONTENDERS[name](head)
+    except contenders.Unavailable as reason:
+        pytest.skip(str(reason))
+    for wants in kernel_table.WANTS:
+        values = bench_linear_logps.timed_call(way, head, wants)()
+        assert len(values) == kernel_table.WANTS.index(wants) + 1
+        found = heads.errors(head, wants, (way.sign * values[0], *values[1:]))
+        assert max(found.values()) < CPU.kernels.allowed_gradient_error, found
+
+
+@pytest.mark.parametrize("name", [name for name in pairs.CONTENDERS if "compile" not in name])
+@pytest.mark.parametrize("loss", pairs.WEIGHTED)
+def test_preference_losses_of_all_contenders_agree(name: str, loss: str) -> None:
+    some, weights = pairs.make_pairs(7, "cpu"), pairs.WEIGHTED[loss]
+    try:
+        way = pairs.CONTENDERS[name](some, weights)
+    except contenders.Unavailable as reason:
+        pytest.skip(str(reason))
+    for wants in (FORWARD, bench_pair_loss.WITH_GRADIENT):
+        found = pairs.errors(some, weights, way, wants, pairs.timed_call(way, some, wants)())
+        assert max(found.values()) < 1e-4, found
+
+
+def test_padded_rows_hold_chosen_responses_first_and_pack_back() -> None:
+    some = pairs.make_pairs(3, "cpu")
+    assert some.rows.shape[0] == 6 and int(some.scored.sum()) == len(some.token_logps)
+    assert torch.equal(some.rows[1], torch.nn.functional.pad(*_second_chosen(some)))
+    assert torch.equal(some.packed(some.rows), some.token_logps)
+
+
+def _second_chosen(some: pairs.Pairs) -> tuple[torch.Tensor, tuple[int, int]]:
+    start, end = some.cu_seqlens[2:4].tolist()
+    return some.token_logps[start:end], (0, some.rows.shape[1] - (end - start))
+
+
+class Stopwatch:
+    """What a turn needs of pytest-benchmark's fixture."""
+
+    def __init__(self) -> None:
+        self.group, self.extra_info, self.stats = "", {}, None
+
+    def pedantic(self, call: Any, setup: Any, rounds: int, iterations: int) -> None:
+        seconds = [median_seconds(CpuMeter(), call, rounds=1, warmup=0) for _ in range(rounds)]
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=seconds))
+
+
+def take_turn(row: Row, first: Any, deadline: float = math.inf, meter: CpuMeter | None = None) -> None:
+    turn.take_turn(Stopwatch(), row, meter or CpuMeter(), CPU.kernels, deadline, first)
+
+
+def new_row(contender: str = "Liger FLCE") -> Row:
+    return Row("linear_logps", (8, 16, 4), "float32", FORWARD, contender)
+
+
+def test_a_turn_is_timed_in_every_lap() -> None:
+    row = new_row()
+    for _ in range(2):
+        take_turn(row, lambda: lambda: None)
+    assert [len(lap) for lap in row.laps] == [turn.MOST_ROUNDS] * 2 and row.reason is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (turn.Wrong("wrong: logps off by 1"), "wrong: logps off by 1"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory"),
+        (RuntimeError("CUDA error: an illegal access\nmore"), "failed: RuntimeError: CUDA error: an illegal access"),
+        (contenders.Unavailable("it is not installed"), "it is not installed"),
+    ],
+    ids=["wrong", "memory", "dies", "missing"],
+)
+def test_a_contender_that_fails_keeps_a_row_that_says_why_and_no_time(error: Exception, reason: str) -> None:
+    row = new_row()
+    row.laps.append([1.0])  # of an earlier lap: a time of who fails later is none
+
+    def first() -> Any:
+        raise error
+
+    for _ in range(2):  # the second lap does not try again
+        with pytest.raises(pytest.skip.Exception, match=reason.split(":")[0]):
+            take_turn(row, first)
+    assert row.reason == reason and row.laps == []
+    assert row.summary(Ceilings(1.0, 1.0))["median"] is None
+
+
+def test_fastdpo_failing_is_an_error_unless_it_cannot_run_there() -> None:
+    def wrong() -> Any:
+        raise turn.Wrong("wrong")
+
+    def missing() -> Any:
+        raise contenders.Unavailable("needs a GPU")
+
+    with pytest.raises(turn.Wrong):
+        take_turn(new_row("fastdpo streamed"), wrong)
+    with pytest.raises(pytest.skip.Exception, match="needs a GPU"):
+        take_turn(new_row("fastdpo streamed"), missing)
+
+
+def test_errors_beyond_what_is_allowed_and_nan_are_wrong() -> None:
+    row = new_row()
+    turn.check(row, {"logps": 0.9, "hidden gradient": 0.1}, {"logps": 1.0, "hidden gradient": 0.1})
+    assert row.errors == {"logps": 0.9, "hidden gradient": 0.1}
+    for error in (1.1, math.nan):
+        with pytest.raises(turn.Wrong, match="logps off by"):
+            turn.check(row, {"logps": error}, {"logps": 1.0})
+
+
+def test_nobody_gets_a_turn_after_the_time_is_up_or_on_a_gpu_that_died() -> None:
+    late, dead = new_row("fastdpo streamed"), new_row("fastdpo streamed")
+    with pytest.raises(pytest.skip.Exception, match="time for all of them was used up"):
+        take_turn(late, lambda: lambda: None, deadline=0.0)
+    meter = CpuMeter()
+    meter.dead = "CUDA error: an illegal access"
+    with pytest.raises(pytest.skip.Exception, match="stopped answering"):
+        take_turn(dead, lambda: lambda: None, meter=meter)
+
+
+def test_contenders_take_turns_and_the_riskiest_comes_last() -> None:
+    order = bench_linear_logps.turns(CUDA.kernels)
+    task = [t for t in order if (t.shape, t.wants) == (CUDA.kernels.heads[0], FROZEN_HEAD)]
+    assert [t.contender for t in task] == list(contenders.CONTENDERS) * CUDA.kernels.laps
+    assert list(contenders.CONTENDERS)[-1].startswith("CCE") and len({str(t) for t in order}) == len(order)
+    assert CUDA.kernels.heads == ((8192, 128256, 4096), (8192, 151936, 3584), (2048, 128256, 4096), (4096, 32000, 4096))
+
+
+def test_a_cpus_peak_counts_what_a_call_allocates_and_returns() -> None:
+    def call() -> torch.Tensor:
+        big = torch.ones(1000, 1000)
+        return big.sum(0)
+
+    assert CpuMeter().peak(call) == pytest.approx(4_000_000 + 4000, rel=0.01)
+
+
+def kernel_results(file: Path, gpu: str = "NVIDIA H200") -> None:
+    """As a GPU would write them: fastdpo at twice its roofline, Liger out of memory, TRL wrong at one task."""
+    origin = {
+        **{"device": "cuda", "date": "2026-01-01", "commit": "abc", "uncommitted_changes": False},
+        **{"machine": {**FACTS, "gpu": gpu, "threads": 16}, "python": "3.12", "versions": {"torch": "2.11"}},
+        "load_before": 0.0,
+    }
+    results = Results(origin, Ceilings(790e12, 4.3e12), file)
+    shape = CUDA.kernels.heads[0]
+    results.heads.append({"shape": shape, "p_target": {}, "kept_tiles": 0.23})
+    for wants in kernel_table.WANTS:
+        ours = results.row("linear_logps", shape, "bfloat16", wants, "fastdpo streamed")
+        ours.work = head_work(shape, wants, 2)
+        ours.laps = [[2 * ours.work.seconds(results.ceilings)] * 3] * 2
+        ours.path, ours.errors, ours.peak_bytes, ours.result_bytes = "chunks", {"logps": 1e-3}, 3 * 10**8, 10**7
+        results.row("linear_logps", shape, "bfloat16", wants, "Liger FLCE").reason = "out of memory"
+    results.row("linear_logps", shape, "bfloat16", FORWARD, "TRL chunked").reason = "wrong: logps off by 9"
+    one = results.row("pair_loss", (64,), "float32", "sigmoid, forward", "fastdpo triton")
+    results.row("pair_loss", (64,), "float32", "sigmoid, forward and backward", "fastdpo triton").reason = "failed"
+    one.laps, one.seconds_in_graph, one.launches, one.path = [[30e-6]], 5e-6, [("_pair_loss_kernel", 1, 4.0)], "kernel"
+    results.save()
+
+
+def test_a_gpus_kernels_get_tables_with_their_aims_and_reasons(copy: Path) -> None:
+    assert CUDA.kernels.unmeasured in (copy / "benchmarks/README.md").read_text()
+    kernel_results(copy / "benchmarks/results/kernels-cuda.json")
+    assert benchmarks(copy, "table", "--check").returncode == 1
+    assert benchmarks(copy, "table").returncode == 0
+    text, front = (copy / "benchmarks/README.md").read_text(), (copy / "README.md").read_text()
+    assert "### Kernels on a GPU" in text and CUDA.kernels.unmeasured not in text and "By arithmetic" not in text
+    assert "| fastdpo streamed | 21.8 | 50 | 286 | 43.6 | 50 | 286 | 65.4 | 50 | 286 | 1.0e-03 |  |" in text
+    assert "| ms: fastdpo streamed, forward, 8192x128256x4096 | 21.8 | <= 12.5 | missed |" in text
+    assert "| MB beside results: fastdpo streamed, frozen head, 8192x128256x4096 | 290 | <= 300 | met |" in text
+    assert "| fastdpo triton | 5 | 1 | 30 |" in text
+    assert "| GPU µs: fastdpo triton, sigmoid, forward and backward, 64 | no number | <= 15 | missed |" in text
+    assert "| launches: fastdpo triton, sigmoid, forward, 64 | 1 | <= 1 | met |" in text
+    assert "without a number: Liger FLCE: out of memory." in text
+    assert "without a number: TRL chunked: wrong: logps off by 9." in text
+    assert "| fastdpo streamed | 21.8 | 43.6 | 65.4 |" in front
+
+
+def test_aims_are_of_the_gpu_that_they_name(tmp_path: Path) -> None:
+    kernel_results(tmp_path / "out.json", gpu="NVIDIA A100")
+    assert "aim" not in kernel_table.render(json.loads((tmp_path / "out.json").read_text()))
+
+
+def test_a_row_has_the_median_of_all_rounds_and_its_share_of_the_roofline() -> None:
+    row = new_row()
+    row.laps, row.work = [[1.0, 2.0, 3.0], [4.0, 5.0]], Work(flops=3.0, bytes=1.0)
+    summary = row.summary(Ceilings(flops=2.0, bytes=1.0))
+    assert summary["median"] == 3.0 and summary["laps"] == [2.0, 4.5] and summary["iqr"] == 2.0
+    assert summary["roofline_seconds"] == 1.5 and summary["of_roofline"] == 0.5
+
+
+def bench(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_interpreted_kernels_are_not_measured() -> None:
+    done = bench(interpret="1")
+    assert done.returncode == 4 and "TRITON_INTERPRET is set" in done.stderr
+
+
+def test_the_benchmarks_write_down_what_they_measure_with_machine_and_versions(tmp_path: Path) -> None:
+    output = tmp_path / "kernels.json"
+    chosen = (
+        "(256x4096x256-forward and (fastdpo or cross_entropy)) or (pair_loss and sigmoid-forward-TRL and not compile)"
+    )
+    done = bench("-k", chosen, "--kernel-json", str(output), "--kernel-commit", "abc")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(output.read_text())
+    assert result["benchmark"] == "kernels" and result["device"] == "cpu" and result["commit"] == "abc"
+    assert result["machine"]["cpu"] and result["versions"]["torch"] == torch.__version__
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows["fastdpo streamed"]["reason"] and rows["fastdpo streamed"]["median"] is None
+    ours = rows["fastdpo torch"]
+    assert ours["reason"] is None and ours["median"] > 0 and ours["iqr"] >= 0 and len(ours["laps"]) == CPU.kernels.laps
+    assert (
+        ours["of_roofline"] > 0 and ours["errors"]["logps"] < 1e-4 and ours["path"] == "chunks of rows in plain torch"
+    )
+    assert ours["peak_bytes"] > 4 * 256 * 4096 and rows["torch cross_entropy"]["version"] == torch.__version__
+    assert rows["TRL's formulas"]["op"] == "pair_loss" and rows["TRL's formulas"]["median"] > 0
+
+
+@pytest.fixture(scope="module", params=KERNEL_RESULTS, ids=lambda file: file.stem)
+def kernel_result(request: pytest.FixtureRequest) -> dict:
+    return json.loads(request.param.read_text())
+
+
+def test_recorded_kernels_say_where_they_come_from(kernel_result: dict) -> None:
+    assert kernel_result["commit"] != "none" and kernel_result["versions"]["trl"] == "1.16.0"
+    facts = {"cpu": {"cpu"}, "cuda": {"gpu", "driver", "cuda"}}[kernel_result["device"]]
+    assert kernel_result["machine"].keys() >= facts and kernel_result["ceilings"]["flops"] > 0
+
+
+def test_recorded_kernels_hold_every_contender_at_every_task(kernel_result: dict) -> None:
+    device = DEVICES[kernel_result["device"]].kernels
+    found = {(row["op"], tuple(row["shape"]), row["wants"], row["contender"]) for row in kernel_result["rows"]}
+    tasks = {(bench_linear_logps.OP, t.shape, t.wants, t.contender) for t in bench_linear_logps.turns(device)}
+    of_pairs = {(t.wants, t.loss, t.contender) for t in bench_pair_loss.turns(device)}
+    tasks |= {(bench_pair_loss.OP, (64,), f"{loss}, {wants}", name) for wants, loss, name in of_pairs}
+    assert found == tasks
+
+
+def test_recorded_kernels_have_a_number_that_was_checked_or_a_reason(kernel_result: dict) -> None:
+    device = DEVICES[kernel_result["device"]].kernels
+    for row in kernel_result["rows"]:
+        assert (row["median"] is None) == (row["reason"] is not None), row["contender"]
+        if row["median"] is not None:
+            assert row["path"] and len(row["laps"]) == device.laps and row["errors"]
+        if row["median"] is not None and row["op"] == bench_linear_logps.OP:
+            limits = {"logps": device.allowed_logp_error}
+            assert all(e <= limits.get(name, device.allowed_gradient_error) for name, e in row["errors"].items())

@@ -1,0 +1,40 @@
+"""`python -m benchmarks kernels`: what `pytest benchmarks/ --benchmark-only` measures, written down and printed.
+
+The measurements run in a process of their own: this one imports no torch, as the runs of `step` are its children too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+
+from benchmarks.device import DEVICES, ROOT
+from benchmarks.kernel_table import render
+
+
+def main(options: Namespace) -> int:
+    """pytest's exit code; what it had measured is in the file even where it failed."""
+    device = DEVICES[options.device]
+    if device.find() is None:
+        print(f"skipped: no {device.name.upper()} device that torch can use")
+        return 0
+    output = options.output.resolve()
+    output.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "--benchmark-quiet", "-rfE"]
+    command += ["-p", "no:cacheprovider", "--kernel-device", device.name, "--kernel-json", str(output)]
+    for name in ("commit", "seconds"):
+        if (value := getattr(options, name)) is not None:
+            command += [f"--kernel-{name}", str(value)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(options.threads),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+    }
+    code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+    if output.exists():
+        print(render(json.loads(output.read_text())))
+        print(f"written to {output}")
+    return code

@@ -1,0 +1,25 @@
+"""Pieces of the generated pages that all results share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine_in_words(machine: dict[str, Any]) -> str:
+    processor = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if "gpu" not in machine:
+        return processor
+    memory = f"{machine['gpu_memory'] / 2**30:.0f} GiB"
+    return f"{machine['gpu']}, {memory}, driver {machine['driver']}, CUDA {machine['cuda']}; {processor}"
+
+
+def versions_in_words(result: dict[str, Any]) -> str:
+    """Python, packages, date and commit."""
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
+    return f"Python {result['python']}, {versions}. {result['date']}, commit {result['commit'][:12]}{changes}"

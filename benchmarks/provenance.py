@@ -1,0 +1,37 @@
+"""Where a number comes from: machine, versions and commit. A number without them does not exist."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from benchmarks.device import ROOT
+
+
+def provenance(machine: dict[str, Any], threads: int, packages: Iterable[str], commit: str | None) -> dict[str, Any]:
+    """`commit` says which code this is where it was copied without its repository."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": commit or _git("rev-parse", "HEAD") or "none",
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "fastdpo", "kernels", "benchmarks/*.py")),
+        "machine": {**machine, "threads": threads},
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+        "load_before": os.getloadavg()[0],  # other work on the machine is in every wall time
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
