@@ -1,45 +1,380 @@
-"""What only a CUDA device shows: bf16 and fp16 arithmetic, the packed layout there, repeatability, and no host sync."""
+"""What only a CUDA device shows: bf16 and fp16 arithmetic, heads of real sizes, the allocator's peaks, the packed
+layout there, repeatability, and no host sync.
+
+Legend: N tokens, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accuracy import assert_errs_at_most_twice
 from conftest import tiny_llama
 from peft import LoraConfig
+from torch import Tensor
 
 import fastdpo
 from fastdpo.batch import pack, pad
 from fastdpo.layout import probe_pairs
 from fastdpo.model import Policy
+from fastdpo_kernels import launch
+from fastdpo_kernels.head import STATS
 from fastdpo_kernels.linear_logps import linear_logps, linear_logps_reference
+from fastdpo_kernels.pair_loss import LossTerm, PairwiseLoss, pair_loss, sequence_sums
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = {"bf16": {"bf16": True}, "fp16": {"fp16": True}, "fp32": {"bf16": False}}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_linear_logps_errs_at_most_twice_what_torch_does(dtype: torch.dtype, trained: bool) -> None:
+MiB = 2**20
+METHODS = ["torch", "streamed", "fused"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+EVERYTHING = {"logit_scale": 0.8, "softcap": 20.0, "temperature": 0.9}
+LEAVES = ("hidden", "weight", "bias")
+
+
+# ---- the head
+
+
+@pytest.fixture(autouse=True)
+def emptied() -> None:
+    """No test's memory is another one's."""
+    torch.cuda.empty_cache()
+
+
+def needs(gigabytes: float) -> None:
+    available = torch.cuda.get_device_properties(0).total_memory / 1e9
+    if available < gigabytes:
+        pytest.skip(f"needs {gigabytes} GB of device memory, has {available:.0f}")
+
+
+def runs_here(method: str, dtype: torch.dtype) -> None:
+    facts = launch.device_of(torch.device("cuda"))
+    if method == "fused" and not facts.has_matrix_products:
+        pytest.skip("Triton reaches no matrix units here")
+    if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("no bf16 here")
+
+
+def head(rows: int, vocabulary: int, hidden_size: int, dtype: torch.dtype, scale: float = 3.0) -> dict[str, Any]:
+    """Logits of standard deviation `scale`."""
     generator = torch.Generator("cuda").manual_seed(0)
-    hidden, weight = (torch.randn(n, 256, device="cuda", generator=generator).mul(0.3).to(dtype) for n in (700, 5003))
-    targets = torch.randint(5003, (700,), device="cuda", generator=generator)
-    upstream = torch.linspace(-1, 1, 700, device="cuda")
 
-    def run(function: Any, to: torch.dtype) -> list[torch.Tensor]:
-        leaves = [hidden.to(to).requires_grad_(), weight.to(to).requires_grad_(trained)]
-        logps, _ = function(leaves[0], leaves[1], targets)
-        (logps.double() * upstream).sum().backward()
-        return [logps.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", generator=generator, dtype=dtype)
 
-    truth, plain = run(linear_logps_reference, torch.float64), run(linear_logps_reference, dtype)
-    ours = run(linear_logps, dtype)
-    assert ours[0].max() <= 0
-    for mine, torchs, exact in zip(ours, plain, truth, strict=True):
-        error, allowed = (mine.double() - exact).abs(), (torchs.double() - exact).abs()
-        assert error.max() <= 2 * allowed.max() and error.square().mean() <= 4 * allowed.square().mean()
+    return {
+        "hidden": normal(rows, hidden_size),
+        "weight": normal(vocabulary, hidden_size).mul_(scale / hidden_size**0.5),
+        "targets": torch.randint(vocabulary, (rows,), device="cuda", generator=generator),
+        "bias": normal(vocabulary),
+    }
+
+
+def exactly(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor.double() if name in LEAVES else tensor for name, tensor in given.items()}
+
+
+def run(
+    function: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    given: dict[str, Any],
+    wanted: tuple[str, ...],
+    **options: Any,
+) -> dict[str, Tensor]:
+    leaves = dict(given)
+    for name in wanted:
+        leaves[name] = leaves[name].detach().requires_grad_()
+    logps, stats = function(**leaves, **options)
+    if wanted:
+        (logps * torch.linspace(-1, 1.3, len(logps), device="cuda")).sum().backward()
+    return {"logps": logps.detach(), **stats, **{f"grad of {name}": leaves[name].grad for name in wanted}}
+
+
+def assert_accurate(
+    given: dict[str, Any], wanted: tuple[str, ...], method: str, stats: tuple[str, ...] = (), **options: Any
+) -> None:
+    of_head: dict[str, Any] = {name: value for name, value in options.items() if name != "workspace_bytes"}
+    truth = run(linear_logps_reference, exactly(given), wanted, **of_head)
+    torchs = run(linear_logps_reference, given, wanted, **of_head)
+    ours = run(linear_logps, given, wanted, method=method, stats=stats, **options)
+    assert ours["logps"].max() <= 0
+    for name, value in ours.items():
+        assert_errs_at_most_twice(name, value, torchs[name], truth[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("vocabulary", [128256, 50257])
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("wanted", [("hidden",), LEAVES], ids=["frozen", "trained"])
+def test_a_real_heads_errors_are_at_most_twice_torchs(
+    dtype: torch.dtype, method: str, vocabulary: int, options: dict, wanted: tuple[str, ...]
+) -> None:
+    """In several chunks: 64 MiB of bf16 hold 261 of the 700 rows, or 667 with the smaller vocabulary."""
+    runs_here(method, dtype)
+    needs(14)
+    given = head(700, vocabulary, 1024, dtype)
+    if not options:
+        del given["bias"]
+        wanted = tuple(name for name in wanted if name != "bias")
+    assert_accurate(given, wanted, method, STATS, workspace_bytes=64 * MiB * dtype.itemsize // 2, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [0.1, 10.0, 40.0], ids=["flat", "peaked", "one-hot"])
+def test_flat_and_peaked_rows_err_at_most_twice_as_torchs(method: str, scale: float) -> None:
+    runs_here(method, torch.bfloat16)
+    needs(14)
+    given = head(700, 128256, 1024, torch.bfloat16, scale)
+    del given["bias"]
+    rows = torch.arange(0, 700, 2, device="cuda")  # every second row's target gets most of the probability
+    given["hidden"][rows] += given["weight"][given["targets"][rows]] * (20 / scale**2)
+    assert_accurate(given, ("hidden",), method, STATS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wanted", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
+def test_weights_of_more_than_two_to_the_31_elements(method: str, wanted: tuple[str, ...]) -> None:
+    runs_here(method, torch.bfloat16)
+    needs(90)
+    given = head(300, 262144, 8448, torch.bfloat16)
+    del given["bias"]
+    given["targets"][:3] = torch.tensor([0, 262143, 262142])
+    assert given["weight"].numel() > 2**31
+    assert_accurate(given, wanted, method)
+
+
+@pytest.mark.parametrize("wanted", [("hidden",), LEAVES], ids=["frozen", "trained"])
+def test_a_workspace_of_more_than_two_to_the_31_elements(wanted: tuple[str, ...]) -> None:
+    needs(60)
+    given, rows = head(8400, 262144, 64, torch.bfloat16), slice(8000, 8400)
+    assert given["hidden"].shape[0] * 262144 > 2**31
+    ours = run(linear_logps, given, wanted, method="streamed", workspace_bytes=5 * 2**30)
+    chunked = run(linear_logps, given, wanted, method="streamed", workspace_bytes=256 * MiB)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, chunked[name], rtol=2e-2, atol=2e-2)
+    few = given | {name: given[name][rows] for name in ("hidden", "targets")}
+    truth = run(linear_logps_reference, exactly(few), ())["logps"]
+    torch.testing.assert_close(ours["logps"][rows].double(), truth, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wanted", [("hidden",), LEAVES], ids=["frozen", "trained"])
+def test_a_head_repeats_bitwise(dtype: torch.dtype, method: str, wanted: tuple[str, ...]) -> None:
+    runs_here(method, dtype)
+    given = head(1500, 128256, 1024, dtype)
+    first, *others = (run(linear_logps, given, wanted, method=method, stats=STATS, **EVERYTHING) for _ in range(3))
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", ["streamed", "fused"])
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_log_probs_are_bitwise_the_same_whatever_else_is_asked_for(
+    dtype: torch.dtype, method: str, options: dict
+) -> None:
+    """Every combination is another compiled kernel; a policy that is its reference has margins of exactly 0."""
+    runs_here(method, dtype)
+    given = head(1500, 128256, 1024, dtype)
+    alone = run(linear_logps, given, (), method=method, **options)["logps"]
+    for wanted, stats in (((), STATS), (("hidden",), ()), (("hidden",), STATS), (("hidden", "weight"), STATS)):
+        asked = run(linear_logps, given, wanted, method=method, stats=stats, **options)
+        assert torch.equal(asked["logps"], alone)
+
+
+@pytest.mark.parametrize("method", ["streamed", "fused"])
+@pytest.mark.parametrize("wanted", [("hidden",), LEAVES], ids=["frozen", "trained"])
+def test_chunks_of_every_size_give_the_same_numbers(method: str, wanted: tuple[str, ...]) -> None:
+    """Racing programs would not: in fp32, where only the products' order of addition differs."""
+    given = head(1031, 50257, 512, torch.float32)
+    results = [
+        run(linear_logps, given, wanted, method=method, stats=STATS, workspace_bytes=rows * 50304 * 4, **EVERYTHING)
+        for rows in (2000, 512, 384, 128, 77)
+    ]
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(value, other[name], rtol=2e-5, atol=2e-5)
+
+
+def test_gradients_are_the_same_in_the_forward_and_recomputed() -> None:
+    given = head(1031, 50257, 512, torch.float32)
+    frozen, trained = (run(linear_logps, given, wanted, method="streamed") for wanted in (("hidden",), LEAVES))
+    torch.testing.assert_close(frozen["grad of hidden"], trained["grad of hidden"], rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "workspace", "allowed"),
+    [
+        ("streamed", None, 300e6),
+        ("streamed", 64 * MiB, 70e6),
+        ("fused", 64 * MiB, 20e6),
+        ("torch", 64 * MiB, 90e6),
+    ],
+    ids=["streamed", "streamed in 64 MiB", "fused", "torch in 64 MiB"],
+)
+@pytest.mark.parametrize("stats", [(), STATS], ids=["", "statistics"])
+def test_a_forward_stays_within_its_workspace(method: str, workspace: int | None, allowed: float, stats: tuple) -> None:
+    """(8192, 128256, 4096): the logits would be 2.1 GB."""
+    runs_here(method, torch.bfloat16)
+    needs(10)
+    given = head(8192, 128256, 4096, torch.bfloat16)
+    del given["bias"]
+
+    def beyond_what_comes_out(wanted: tuple[str, ...]) -> int:
+        for name in ("hidden", "weight"):
+            given[name].requires_grad_(name in wanted)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        results = linear_logps(**given, method=method, stats=stats, workspace_bytes=workspace)
+        kept = torch.cuda.memory_allocated() - before
+        del results
+        return torch.cuda.max_memory_allocated() - before - kept
+
+    beyond_what_comes_out(("hidden",))  # cuBLAS takes a workspace of its own once
+    assert beyond_what_comes_out(()) <= allowed
+    assert beyond_what_comes_out(("hidden",)) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed"), [("streamed", 300e6 + 2.2e9), ("fused", 64 * MiB + 200e6)], ids=["streamed", "fused"]
+)
+def test_a_backward_of_a_head_that_trains_stays_within_its_workspace(method: str, allowed: float) -> None:
+    """(8192, 128256, 4096): streamed sums dW, 1.05 GB, in 2.1 GB of fp32, fused dH in 134 MB."""
+    runs_here(method, torch.bfloat16)
+    needs(14)
+    given = head(8192, 128256, 4096, torch.bfloat16)
+    del given["bias"]
+    workspace = 64 * MiB if method == "fused" else None
+    for _ in range(2):  # cuBLAS takes a workspace of its own once
+        leaves = [given[name].requires_grad_() for name in ("hidden", "weight")]
+        logps, _ = linear_logps(**given, method=method, workspace_bytes=workspace)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        gradients = torch.autograd.grad(logps.sum(), leaves)
+        peak = torch.cuda.max_memory_allocated() - before - sum(gradient.nbytes for gradient in gradients)
+        del gradients, logps
+    assert peak <= allowed
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wanted", [("hidden",), LEAVES], ids=["frozen", "trained"])
+def test_the_head_never_waits_for_the_device(method: str, wanted: tuple[str, ...]) -> None:
+    runs_here(method, torch.float16)
+    given = head(700, 32000, 512, torch.float16)
+    run(linear_logps, given, wanted, method=method, stats=STATS)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(linear_logps, given, wanted, method=method, stats=STATS)
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_targets_outside_the_vocabulary_are_nan_and_raise_when_debugging(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = head(300, 1003, 64, torch.float16)
+    given["targets"][7] = 1003
+    assert run(linear_logps, given, ("hidden",), method=method)["logps"].isnan().nonzero().tolist() == [[7]]
+    monkeypatch.setenv("FASTDPO_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"targets\[7\] is 1003"):
+        run(linear_logps, given, (), method=method)
+
+
+def test_auto_streams_and_fuses_where_the_workspace_is_too_small() -> None:
+    facts = launch.device_of(torch.device("cuda"))
+    given = head(300, 128256, 256, torch.float16)
+    for workspace, method in ((None, "streamed"), (MiB, "fused" if facts.has_matrix_products else "streamed")):
+        auto, named = (
+            run(linear_logps, given, (), method=name, workspace_bytes=workspace)["logps"] for name in ("auto", method)
+        )
+        assert torch.equal(auto, named)
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two devices")
+@pytest.mark.parametrize("method", METHODS)
+def test_tensors_of_another_device_than_the_current_one_work(method: str) -> None:
+    given = head(300, 1003, 64, torch.float16)
+    there = {name: tensor.to("cuda:1") for name, tensor in given.items()}
+    here, other = linear_logps(**given, method=method)[0], linear_logps(**there, method=method)[0]
+    assert other.device.index == 1 and torch.equal(here.cpu(), other.cpu())
+
+
+# ---- the pair loss
+
+
+def pairs(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """-> token log-probs that are the reference's but for a little, offsets, and the reference's sums."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    lengths = torch.randint(1, 900, (2 * count,), device="cuda", generator=generator)
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    total = int(offsets[-1])
+    values = -torch.rand(total, device="cuda", generator=generator, dtype=torch.float64).mul_(5).to(dtype)
+    noise = torch.randn(total, device="cuda", generator=generator, dtype=torch.float64).mul_(0.05).to(dtype)
+    return values + noise, offsets, sequence_sums(values, offsets).view(-1, 2)
+
+
+def _sigmoid(m: Any, chosen: Any, rejected: Any, beta: float) -> Any:
+    return -m.log_sigmoid(beta * (chosen - rejected))
+
+
+SIGMOID = PairwiseLoss((LossTerm(_sigmoid, {"beta": 0.1}),), 0.1)
+
+
+def test_the_kernels_sums_are_bitwise_the_references() -> None:
+    for dtype in (torch.float32, torch.float64):
+        values, offsets, _ = pairs(64, dtype)
+        sums = sequence_sums(values, offsets).view(-1, 2)
+        result = pair_loss(values.requires_grad_(), offsets, sums, SIGMOID, method="triton")
+        assert torch.equal(result.logps, sums) and not result.log_ratios.any()
+        assert torch.allclose(result.losses, torch.tensor(math.log(2), device="cuda", dtype=dtype), rtol=0, atol=1e-7)
+
+
+def test_the_pair_losss_methods_agree_to_rounding() -> None:
+    results = []
+    for method in ("triton", "torch"):
+        values, offsets, reference = pairs(64, torch.float64)
+        result = pair_loss(values.requires_grad_(), offsets, reference, SIGMOID, method=method)
+        result.losses.mean().backward()
+        results.append([result.losses.detach(), result.logps, result.log_ratios, result.rewards, values.grad])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_pair_loss_is_one_launch_and_its_backward_another() -> None:
+    values, offsets, reference = pairs(64)
+    values.requires_grad_()
+    pair_loss(values, offsets, reference, SIGMOID).losses.sum().backward()  # compiles
+    kept: dict[str, Any] = {}
+
+    def forward() -> None:
+        kept["losses"] = pair_loss(values, offsets, reference, SIGMOID).losses
+
+    def backward() -> None:
+        torch.autograd.grad(kept["losses"], values, kept["upstream"])
+
+    assert len(launched(forward)) == 1
+    kept["upstream"] = torch.ones_like(kept["losses"])
+    assert len(launched(backward)) == 1
+
+
+def launched(call: Callable[[], None]) -> list[str]:
+    """Names of the kernels that a call runs."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    recorded: Any = profile
+    return [event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+# ---- training
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)

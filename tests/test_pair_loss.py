@@ -12,12 +12,14 @@ from typing import Any
 import mpmath
 import pytest
 import torch
+from conftest import KERNEL_DEVICE
 from torch import Tensor
 
 from fastdpo_kernels import launch, pair_loss_triton
 from fastdpo_kernels.pair_loss import LossTerm, PairLoss, PairwiseLoss, match_pairs, pair_loss, sequence_sums
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.kernels
+DEVICE = torch.device(KERNEL_DEVICE)
 METHODS = ("torch", "triton")
 BETA = 0.3
 BLOCK = launch.pair_loss_config().block

@@ -18,12 +18,18 @@ LOWEST = tl.constexpr(-1e30)  # stands for "nothing yet": finite, so that differ
 
 
 @triton.jit
+def exp(x):
+    """e^x as 2^x, which flushes what is below 1e-38 to 0: tl.exp takes three instructions more to keep it."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(x):
     """A series below 0.25, where 1 - 2 / (e^2x + 1) would lose digits; relative error below 1e-6."""
     x2 = x * x
-    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-    magnitude = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -magnitude, magnitude))
+    series = tl.fma(x2, tl.fma(x2, tl.fma(x2, 62.0 / 2835, -17.0 / 315), 2.0 / 15), -1.0 / 3)
+    magnitude = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * 2.885390081777927) + 1.0)
+    return tl.where(tl.abs(x) < 0.25, tl.fma(x * x2, series, x), tl.where(x < 0, -magnitude, magnitude))
 
 
 @triton.jit
@@ -37,11 +43,14 @@ def log1p(x):
 
 @triton.jit
 def to_logits(product, bias, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP: tl.constexpr):
-    """W h and b -> z."""
-    z = (product + bias) * logit_scale
+    """W h and b -> z. `bias` is None where the head has none: adding a 0.0 would cost an instruction."""
+    z = product
+    if bias is not None:
+        z += bias
     if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return z * inverse_temperature
+        return softcap * tanh(z * (logit_scale / softcap)) * inverse_temperature
+    else:
+        return z * (logit_scale * inverse_temperature)
 
 
 @triton.jit
@@ -49,7 +58,10 @@ def slope(product, bias, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP:
     """dz / d(W h)."""
     factor = logit_scale * inverse_temperature
     if HAS_SOFTCAP:
-        capped = tanh((product + bias) * logit_scale / softcap)
+        z = product
+        if bias is not None:
+            z += bias
+        capped = tanh(z * (logit_scale / softcap))
         return factor * (1.0 - capped * capped)
     else:
         return tl.zeros_like(product) + factor
@@ -63,20 +75,27 @@ def empty_state(R: tl.constexpr):
 
 
 @triton.jit
-def absorb(peak, total, spread, squares, sum_, top, z, counted, first_column, WITH_STATS: tl.constexpr):
-    """The state after a block of columns. z (R, B) logits; counted (R, B): in the vocabulary and not the target's."""
+def absorb(
+    peak, total, spread, squares, sum_, top, z, counted, first_column,
+    WITH_STATS: tl.constexpr, WITH_TOP: tl.constexpr = True,
+):  # fmt: skip
+    """The state after a block of columns. z (R, B) logits; counted (R, B): in the vocabulary and not the target's.
+
+    While no column of a row is counted its peak is LOWEST, and total grows by e^0 a column: the first column that
+    counts, and the target at the latest, multiplies that by e^LOWEST, which is 0.
+    """
     z = tl.where(counted, z, LOWEST)
-    if WITH_STATS:
+    if WITH_STATS and WITH_TOP:
         block_peak, block_top = tl.max(z, 1, return_indices=True, return_indices_tie_break_left=True)
         top = tl.where(block_peak > peak, first_column + block_top, top)
     else:
         block_peak = tl.max(z, 1)
     new_peak = tl.maximum(peak, block_peak)
     d = z - new_peak[:, None]
-    e = tl.where(counted, tl.exp(d), 0.0)
-    shrink = tl.exp(peak - new_peak)
+    e = exp(d)
+    shrink = exp(peak - new_peak)
     if WITH_STATS:
-        spread = shrink * (spread + (peak - new_peak) * total) + tl.sum(tl.where(counted, e * d, 0.0), 1)
+        spread = shrink * (spread + (peak - new_peak) * total) + tl.sum(e * d, 1)
         squares = shrink * shrink * squares + tl.sum(e * e, 1)
         sum_ += tl.sum(tl.where(counted, z, 0.0), 1)
     total = shrink * total + tl.sum(e, 1)
@@ -87,8 +106,8 @@ def absorb(peak, total, spread, squares, sum_, top, z, counted, first_column, WI
 def finish(peak, total, target_logit):
     """-> logp, the whole row's peak and total, and 1 - p(target), with the target's column joined."""
     whole_peak = tl.maximum(peak, target_logit)
-    others = total * tl.exp(peak - whole_peak)
-    of_target = tl.exp(target_logit - whole_peak)
+    others = total * exp(peak - whole_peak)
+    of_target = exp(target_logit - whole_peak)
     whole = others + of_target
     likely = -log1p(others / tl.maximum(of_target, 1e-30))
     unlikely = (target_logit - whole_peak) - tl.log(whole)
@@ -99,7 +118,7 @@ def finish(peak, total, target_logit):
 def finish_stats(peak, total, spread, squares, sum_, top, target_logit, target, V):
     """-> entropy, mean_logit, is_top1, log_sum_sq_probs, with the target's column joined."""
     whole_peak = tl.maximum(peak, target_logit)
-    shrink, of_target = tl.exp(peak - whole_peak), tl.exp(target_logit - whole_peak)
+    shrink, of_target = exp(peak - whole_peak), exp(target_logit - whole_peak)
     whole = shrink * total + of_target
     # log(whole) = log1p(what is not the peak): where the target is the peak that part is exact
     log_whole = tl.where(target_logit >= peak, log1p(shrink * total), tl.log(whole))

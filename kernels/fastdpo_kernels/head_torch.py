@@ -26,7 +26,9 @@ def forward(
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
         logits, slope = _chunk_logits(hidden[chunk], weight, bias, targets[chunk], options)
-        softmax = _softmax(logits, targets[chunk], _keeps_logits(options))
+        if "mean_logit" in options.stats:  # of the logits themselves: shifted by their maximum they have lost digits
+            result.stats["mean_logit"][chunk] = logits.mean(-1)
+        softmax = _softmax(logits, targets[chunk], "entropy" in options.stats)
         result.logps[chunk] = softmax.logps
         for name, value in _chunk_stats(softmax, targets[chunk], options.stats).items():
             result.stats[name][chunk] = value
@@ -76,15 +78,10 @@ def backward(
     )
 
 
-def _keeps_logits(options: HeadOptions) -> bool:
-    """Statistics that need the logits beside their exponentials."""
-    return "entropy" in options.stats or "mean_logit" in options.stats
-
-
 def _rows_per_chunk(weight: Tensor, options: HeadOptions) -> int:
     """Rows whose (C, V) tensors, as many as are alive at once, fit the workspace."""
     exact = torch.promote_types(weight.dtype, torch.float32).itemsize
-    copies = 1 + _keeps_logits(options) + (options.softcap is not None)
+    copies = 1 + ("entropy" in options.stats) + (options.softcap is not None)
     a_row = weight.shape[0] * (copies * exact + (weight.element_size() if weight.element_size() < exact else 0))
     return max(1, options.workspace_bytes // a_row)
 
@@ -158,8 +155,6 @@ def _chunk_stats(softmax: _Softmax, targets: Tensor, names: tuple[str, ...]) -> 
     values: dict[str, Tensor] = {}
     if "entropy" in names:
         values["entropy"] = log_total - _row_dots(softmax.exps, softmax.shifted) / softmax.total
-    if "mean_logit" in names:
-        values["mean_logit"] = softmax.highest + softmax.shifted.mean(-1)
     if "is_top1" in names:
         values["is_top1"] = (softmax.top == targets).to(log_total.dtype)
     if "log_sum_sq_probs" in names:

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -171,12 +171,22 @@ class RowConfig:
     num_stages: int = 1
 
 
-def row_config(vocabulary: int) -> RowConfig:
-    """The kernel along a row of logits. 16 elements a thread keep enough loads in flight, and the statistics in
-    registers (unmeasured).
+def row_config(vocabulary: int, itemsize: int = 2) -> RowConfig:
+    """The kernel along a row of logits: 16 KB a block by 16 warps, two loads of 16 bytes a thread (unmeasured).
+
+    To keep HBM busy an H200's multiprocessor needs about 26 KB on the way (4.3 TB/s, 0.8 us). Compiled for it, bf16
+    takes 32 registers a thread, 52 with statistics: 64 or 32 KB on the way, two to four rows. Blocks of 8 KB need as
+    many registers for half the bytes; of 32 KB, over 90, so fewer bytes again. Eight warps would have more rows under
+    way for the same bytes, and what a row reads again for its gradient leaves the L2 cache: 132 rows of 256 KB are 34
+    of its 50 MB.
     """
-    block = min(8192, max(64, 1 << (vocabulary - 1).bit_length()))
-    return RowConfig(block, num_warps=max(1, min(16, block // 512)))
+    block = min(16384 // itemsize, max(64, 1 << (vocabulary - 1).bit_length()))
+    return RowConfig(block, num_warps=max(1, block * itemsize // 1024))
+
+
+def target_block(hidden_size: int) -> int:
+    """Of the dot h . W[y] before the row: at D=4096 all 16 warps' threads read 16 bytes of each once (unmeasured)."""
+    return min(4096, max(64, 1 << (hidden_size - 1).bit_length()))
 
 
 def pair_loss_config() -> RowConfig:
@@ -187,16 +197,185 @@ def pair_loss_config() -> RowConfig:
 
 
 @dataclass(frozen=True)
-class MatmulConfig:
-    """A matrix product: tile sizes and how it is launched."""
+class TileConfig:
+    """A kernel that goes through a matrix in tiles."""
 
     block_rows: int
     block_vocabulary: int
-    block_hidden: int
+    num_warps: int
+
+
+def column_config() -> TileConfig:
+    """The sums of a bias's gradient: 1000 programs at V=128k, each with 8 KB of bf16 on the way (unmeasured)."""
+    return TileConfig(block_rows=32, block_vocabulary=128, num_warps=4)
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """A matrix product: its tile, and how it is launched."""
+
+    block_m: int  # rows of the result
+    block_n: int  # columns of the result
+    block_k: int  # terms of its sums
     num_warps: int
     num_stages: int
+    epilogue: int  # columns that are taken out of the result at a time, by what register use allows
     descriptors: bool = False  # tensor descriptors (TMA) in place of pointers
+    resident: int = 1  # programs that a multiprocessor holds at a time, by their registers and shared memory
 
 
-def with_descriptors(config: MatmulConfig) -> MatmulConfig:
-    return replace(config, descriptors=True)
+# ---- the LM head, fused
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """Products of hidden with the LM head, then of the logits' gradient with either; `few` fill a GPU with few rows."""
+
+    logits: MatmulConfig
+    few_logits: MatmulConfig
+    gradient: MatmulConfig
+    few_gradients: MatmulConfig
+
+
+# How the tiles were chosen, all unmeasured. 128 x 256 needs 85 FLOP of each byte from the L2 cache, which on an H200 is
+# 9 TB/s at 790 TFLOP/s; 128 x 128 needs 64, and 256 accumulators a thread leave the softmax no registers. What sm_80
+# to sm_89 and sm_120 keep of 128 x 256 beside the softmax's state of 8 rows a thread spills, so they take 128 x 128.
+# The rest is what compiles without a spill with every option, with as many stages as fit (Triton 3.6 and 3.9).
+#
+# Descriptors free the registers of 64-bit addresses (182 in place of 210 on sm_90 in the plain forward), and a load of
+# a tile is one instruction, so they are taken where the hardware has them and the compiler uses them: UTMALDG feeds
+# HGMMA on sm_90, UTCMMA on sm_100 and HMMA on sm_120. Below, Triton rewrites them to loads that it does not pipeline.
+_ON_SM80 = FusedConfig(
+    logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=4, epilogue=64),
+    few_logits=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, resident=2),
+    gradient=MatmulConfig(128, 128, 64, num_warps=8, num_stages=4, epilogue=64),
+    few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, resident=2),
+)
+_ON_SM86 = FusedConfig(
+    logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64),
+    few_logits=MatmulConfig(64, 128, 64, num_warps=4, num_stages=3, epilogue=64, resident=2),
+    gradient=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64),
+    few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=3, epilogue=64, resident=2),
+)
+_ON_SM90 = FusedConfig(
+    logits=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=32, descriptors=True),
+    few_logits=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, descriptors=True, resident=2),
+    gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
+    few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, descriptors=True, resident=2),
+)
+_ON_SM100 = FusedConfig(  # 64 rows are half of what its matrix unit takes, and their layout spills
+    logits=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
+    few_logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64, descriptors=True, resident=2),
+    gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
+    few_gradients=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64, descriptors=True, resident=2),
+)
+_ON_GFX942 = FusedConfig(
+    logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=2, epilogue=128),
+    few_logits=MatmulConfig(64, 128, 64, num_warps=4, num_stages=2, epilogue=128, resident=2),
+    gradient=MatmulConfig(128, 128, 64, num_warps=8, num_stages=2, epilogue=128),
+    few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=2, epilogue=128, resident=2),
+)
+# No matrix units for fp32 with all its digits on NVIDIA: 64 x 128 is 21 FLOP of each byte from the L2 cache, where 67
+# TFLOP/s (H200) need 3 TB/s. For few rows 16, as 64 would make a product bound by arithmetic, not by reading W.
+_IN_FP32 = FusedConfig(
+    logits=MatmulConfig(64, 128, 16, num_warps=8, num_stages=3, epilogue=128, resident=2),
+    few_logits=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
+    gradient=MatmulConfig(64, 128, 16, num_warps=8, num_stages=3, epilogue=128, resident=2),
+    few_gradients=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
+)
+_SMALL = MatmulConfig(16, 64, 16, num_warps=1, num_stages=1, epilogue=32)
+_INTERPRETED = FusedConfig(_SMALL, _SMALL, _SMALL, _SMALL)
+
+ROW_TILES_SIDE_BY_SIDE = 8  # see fused_ranges
+FUSED_JOIN_ROWS = 8  # a program: 1024 of them at N=8192, with 8 x 512 elements of hidden and W on the way (unmeasured)
+
+
+def fused_config(dtype: torch.dtype, device: Device, aligned: bool) -> FusedConfig:
+    """`aligned`: whether tensor descriptors can read the operands. An architecture that is not listed takes the numbers
+    of the one before it.
+    """
+    if device.kind == "interpreter":
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return _IN_FP32
+    if isinstance(device.arch, str):
+        return _ON_GFX942
+    if device.arch >= 120:
+        return _with_descriptors(_ON_SM86) if aligned else _ON_SM86
+    if device.arch >= 90 and aligned:
+        return _ON_SM100 if device.arch >= 100 else _ON_SM90
+    return _ON_SM86 if 80 < device.arch < 90 else _ON_SM80
+
+
+def _with_descriptors(config: FusedConfig) -> FusedConfig:
+    return FusedConfig(*(replace(getattr(config, field.name), descriptors=True) for field in fields(config)))
+
+
+def fused_logits(rows: int, dtype: torch.dtype, device: Device, aligned: bool) -> MatmulConfig:
+    """hidden (N, D) x W.T (D, V). Up to few_logits.block_m rows the product is bound by reading W, on every
+    architecture listed: 64 rows of bf16 are 64 FLOP a byte.
+    """
+    config = fused_config(dtype, device, aligned)
+    return config.few_logits if rows <= config.few_logits.block_m else config.logits
+
+
+def fused_gradient(rows: int, columns: int, dtype: torch.dtype, device: Device, aligned: bool) -> MatmulConfig:
+    """A gradient of rows x columns: large tiles where there is one for every multiprocessor."""
+    config = fused_config(dtype, device, aligned)
+    tiles = math.ceil(rows / config.gradient.block_m) * math.ceil(columns / config.gradient.block_n)
+    return config.gradient if tiles >= device.multiprocessors else config.few_gradients
+
+
+def fused_join(hidden_size: int) -> RowConfig:
+    """The target's dot, 512 terms of FUSED_JOIN_ROWS rows at a time: 16 KB of bf16 on the way (unmeasured)."""
+    return RowConfig(block=min(512, max(16, 1 << (hidden_size - 1).bit_length())), num_warps=4)
+
+
+def fused_ranges(rows: int, vocabulary: int, config: MatmulConfig, device: Device) -> int:
+    """Ranges of the vocabulary, so that row tiles x ranges fill the multiprocessors a whole number of times.
+
+    Programs go in order of groups of 8 row tiles, in a group by ranges, in a range by row tiles. With at least
+    (multiprocessors / 8) ranges those that run together are of one or two groups: their hidden tiles stay in the L2
+    cache (8 x 1 MB of bf16 at D=4096) while W streams by, once a group. At (8192, 128256, 4096) in bf16 on an H200
+    these are 64 row tiles x 16 ranges, 128 programs at a time on 132 multiprocessors, and W's 1.05 GB are read 8 times:
+    8.4 GB, 2.0 ms at 4.3 TB/s beside 10.9 ms of arithmetic. The states of the ranges are 1 MB, 3 MB with statistics.
+
+    Of up to four times as many ranges the number with the least steps on the busiest multiprocessor, a program's start
+    and end counting as a quarter of a step (unmeasured).
+    """
+    row_tiles, tiles = math.ceil(rows / config.block_m), math.ceil(vocabulary / config.block_n)
+    places = device.multiprocessors * config.resident
+    fewest = max(1, places // min(row_tiles, ROW_TILES_SIDE_BY_SIDE))
+
+    def steps(ranges: int) -> float:
+        return math.ceil(row_tiles * ranges / places) * (math.ceil(tiles / ranges) + 0.25)
+
+    return min(range(min(tiles, fewest), min(tiles, 4 * fewest) + 1), key=steps)
+
+
+def fused_slab(
+    rows: int,
+    vocabulary: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: Device,
+    workspace_bytes: int,
+    whole_rows: bool,
+) -> tuple[int, int]:
+    """-> rows of a chunk, columns of a slab of the logits' gradient; `whole_rows`: all rows in one chunk.
+
+    With D columns a slab adds to each element of dH D products for 8 bytes of its sum read and written: 2048 FLOP a
+    byte for bf16 at D=4096, where an H200 needs 184 (unmeasured). Few rows take more columns, 4 million elements, to
+    have work for every multiprocessor, but never more than a quarter of the vocabulary. Then as many rows as fit
+    `workspace_bytes` with their fp32 sums, in chunks of equal size, as each chunk reads W twice.
+    """
+    config = fused_logits(rows, dtype, device, aligned=True)
+    unit, least = config.block_n, rows if whole_rows else min(rows, config.block_m)
+    sums = 0 if whole_rows or dtype == torch.float32 else 4 * hidden_size
+    fitting = (workspace_bytes // least - sums) // dtype.itemsize
+    columns = min(max(hidden_size, 2**22 // rows), math.ceil(vocabulary / 4), fitting // unit * unit)
+    columns = max(1, math.ceil(columns / unit)) * unit
+    most = rows if whole_rows else max(least, workspace_bytes // (columns * dtype.itemsize + sums))
+    chunks = math.ceil(rows / most)
+    chunk = math.ceil(rows / chunks / config.block_m) * config.block_m
+    return min(rows, chunk if chunk <= most else max(least, chunk - config.block_m)), columns

@@ -72,7 +72,7 @@ def linear_logps(
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     name, workspace_bytes = _choose(hidden, weight, compute, method, workspace_bytes)
     options = HeadOptions(logit_scale, softcap, temperature, tuple(stats), workspace_bytes)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False), torch.cuda.device_of(hidden):  # Triton launches on the current device
         head = hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
         logps, *values = _LinearLogps.apply(*head, targets, options, name, torch.is_grad_enabled())
     return logps, dict(zip(options.stats, values, strict=True))
@@ -208,7 +208,8 @@ class _LinearLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.from_jacobian:
             (jacobian,) = ctx.saved_tensors
-            return jacobian * grad_logps[:, None].to(jacobian.dtype), *[None] * 6
+            # multiplied in fp32 and rounded once: a small upstream gradient has few digits in fp16
+            return torch.mul(jacobian, grad_logps[:, None], out=torch.empty_like(jacobian)), *[None] * 6
         hidden, weight, bias, targets, *saved = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # a second backward recomputes them
         needs = ctx.needs_input_grad[:3]
