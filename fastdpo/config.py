@@ -319,6 +319,8 @@ class DPOConfig(TrainingArguments):
                 f"loss_weights has {len(self.loss_weights)} numbers, loss_type {len(self.loss_type)} names: give one "
                 "weight a loss."
             )
+        if self.loss_weights is not None and not any(self.loss_weights):
+            raise ValueError(f"loss_weights={self.loss_weights} leaves nothing to learn: give one that is not 0.")
         check_idle_options(self, _defaults(DPOConfig))
         pairwise_loss(self)
 

@@ -142,7 +142,11 @@ def _check_formula(terms: list[LossTerm]) -> None:
     """A formula that a kernel cannot be made of is refused wherever it runs."""
     from fastdpo_kernels import symbolic  # half a second, for sympy
 
-    symbolic.expressions(terms)
+    _, *derivatives = symbolic.expressions(terms)
+    if not any(derivatives):
+        raise ValueError(
+            f"the loss {formula_name(terms[0].formula)} is the same whatever the model says: use chosen and rejected"
+        )
 
 
 def check_idle_options(config: Any, defaults: Mapping[str, Any]) -> None:

@@ -220,6 +220,7 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name(tmp_path):
         ({"loss_type": []}, "loss_type is empty"),
         ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]}, "loss_weights has 1 numbers, loss_type 2 names"),
         ({"loss_type": ["sigmoid"], "loss_weights": [math.nan]}, "loss_weights must be finite"),
+        ({"loss_type": ["sigmoid"], "loss_weights": [0.0]}, "leaves nothing to learn"),
         ({"truncation_mode": "keep_middle"}, "truncation_mode='keep_middle' is none of keep_end, keep_start"),
         ({"dtype": "float8"}, "dtype='float8' is none of"),
         ({"eval_strategy": "stps"}, "eval_strategy='stps' is none of .* did you mean 'steps'"),

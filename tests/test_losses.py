@@ -584,8 +584,9 @@ def test_a_declared_function_is_known_by_its_name_and_by_itself(monkeypatch: pyt
         (lambda m, chosen, rejected: torch.relu(chosen), "cannot be traced"),
         (lambda m, chosen, rejected: chosen if chosen > rejected else rejected, "cannot be traced"),
         (lambda m, chosen, rejected: m.gelu(chosen), "cannot be traced"),
+        (lambda m, chosen, rejected: m.exp(0.0), "is the same whatever the model says"),
     ],
-    ids=["no default", "two arguments", "any hyper-parameter", "torch", "if", "unknown function"],
+    ids=["no default", "two arguments", "any hyper-parameter", "torch", "if", "unknown function", "constant"],
 )
 def test_a_function_that_is_no_formula_is_refused_with_a_line_that_says_why(formula: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import KERNEL_DEVICE
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdpo_kernels import launch, pair_loss_triton
 from fastdpo_kernels.pair_loss import LossTerm, PairLoss, PairwiseLoss, match_pairs, pair_loss, sequence_sums
@@ -569,12 +570,36 @@ def test_one_launch_computes_everything_and_one_more_the_backward(monkeypatch: p
         monkeypatch.setattr(pair_loss_triton, name, Counted(getattr(pair_loss_triton, name), launched))
     terms, matches = LISTS["weighted list"], torch.zeros(5, 3, dtype=torch.float64, device=DEVICE)
     token_logps = tokens(RAGGED).requires_grad_()
-    options = {"matches": matches, "method": "triton"}
+    options = {"matches": matches, "method": "triton", "tokens_per_pair": torch.tensor(3.5).to(matches)}
     loss, reference = PairwiseLoss(terms, BETA, 0.4), torch.zeros(5, 2, dtype=torch.float64, device=DEVICE)
     result = pair_loss(token_logps, offsets(RAGGED), reference, loss, **options)
     assert launched == ["_pair_loss_kernel"]
     result.losses.mean().backward()
     assert launched == ["_pair_loss_kernel", "_scale_kernel"]
+
+
+class Computed(TorchDispatchMode):
+    """Notes torch's operations that launch something on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not operation.is_view and "empty" not in str(operation):
+            self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_nothing_of_torch_is_launched_beside_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number of tokens a pair, which training always gives, was put on the device for losses that do not read it."""
+    launched: list[str] = []
+    kernel = pair_loss_triton._pair_loss_kernel
+    monkeypatch.setattr(pair_loss_triton, "_launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    arguments = tokens(RAGGED).requires_grad_(), offsets(RAGGED), None, PairwiseLoss((LOG_RATIOS["ipo"],), BETA)
+    with Computed() as computed:
+        pair_loss_triton.pair_loss(*arguments, None, None, None, tokens_per_pair=3.5)
+    assert launched == [kernel.__name__] and set(computed.names) <= {"aten.detach.default"}
 
 
 @pytest.mark.parametrize("weighting", [False, True], ids=["", "weighting"])
@@ -733,6 +758,23 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     refused("cu_seqlens bounds 9 sequences", cu_seqlens=offsets(RAGGED)[:-1])
     with pytest.raises(ValueError, match="cu_seqlens bounds 9 sequences"):
         sequence_sums(tokens(RAGGED), offsets(RAGGED)[:-1], 0.5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("wrong", [[0, 1, 9], [0, 1, 1], [1, 1, 2], [0, 3, 2]], ids=str)
+def test_offsets_that_do_not_fit_are_refused(method: str, wrong: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They wrote past the end of memory."""
+    monkeypatch.setenv("FASTDPO_DEBUG", "1")
+    cu_seqlens = torch.tensor(wrong, dtype=torch.int32, device=DEVICE)
+    token_logps, loss = torch.zeros(2, device=DEVICE), PairwiseLoss((LOG_RATIOS["ipo"],), BETA)
+    with pytest.raises(ValueError, match=f"cu_seqlens goes from {wrong[0]} to {wrong[-1]} for 2 tokens, expected"):
+        pair_loss(token_logps, cu_seqlens, None, loss, method=method)
+    with pytest.raises(ValueError, match="cu_seqlens goes from"):
+        sequence_sums(token_logps, cu_seqlens)
+
+
+def test_a_mean_reward_that_is_no_tensor_is_refused() -> None:
+    refused("mean_reward=0.5, expected a tensor", mean_reward=0.5)
 
 
 def test_weighting_without_its_statistic_is_refused() -> None:

@@ -19,6 +19,7 @@ Legend: N scored tokens, P pairs, S = 2P sequences.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -125,9 +126,10 @@ def pair_loss(
     pairs): with `matches` given, a pair's rejected log-ratio learns from the pair that it is matched to, through this
     pair's loss, which has the same value as ever.
 
-    Raises ValueError for shapes and dtypes that do not fit, and for a formula that the method cannot run.
+    Raises ValueError for shapes and dtypes that do not fit, and for a formula that the method cannot run; on the CPU,
+    and with FASTDPO_DEBUG=1 in the environment everywhere (that waits for the device), for offsets that do not fit.
     """
-    _check(token_logps, cu_seqlens, ref_logps, loss, log_sum_sq_probs, matches)
+    _check(token_logps, cu_seqlens, ref_logps, loss, log_sum_sq_probs, matches, mean_reward)
     extras = (log_sum_sq_probs if loss.weighting else None, matches, mean_reward, tokens_per_pair)
     if _method(method, token_logps.device) == "torch":
         return _pair_loss_torch(token_logps, cu_seqlens, ref_logps, loss, *extras)
@@ -150,7 +152,7 @@ def sequence_sums(
     On a GPU (N,) values without gradient are added up by `pair_loss`'s own device function: a policy that still is its
     reference gets log-ratios of exactly 0.
     """
-    _check_offsets(cu_seqlens, pairs=ld_alpha is not None)
+    _check_offsets(cu_seqlens, len(token_logps), pairs=ld_alpha is not None)
     needs_gradient = token_logps.requires_grad and torch.is_grad_enabled()
     if token_logps.ndim == 1 and not needs_gradient and _method("auto", token_logps.device) == "triton":
         from fastdpo_kernels import pair_loss_triton  # Triton exists on Linux only
@@ -186,10 +188,13 @@ def _check(
     loss: PairwiseLoss,
     log_sum_sq_probs: Tensor | None,
     matches: Tensor | None,
+    mean_reward: Tensor | None,
 ) -> None:
     if token_logps.ndim != 1 or token_logps.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"token_logps is {_kind(token_logps)}, expected (N,) torch.float32 or torch.float64")
-    _check_offsets(cu_seqlens, pairs=True)
+    _check_offsets(cu_seqlens, len(token_logps), pairs=True)
+    if mean_reward is not None and (not isinstance(mean_reward, Tensor) or mean_reward.ndim):
+        raise ValueError(f"mean_reward={mean_reward!r}, expected a tensor without dimensions, or None")
     pairs = (len(cu_seqlens) - 1) // 2
     for name, table, width in (("ref_logps", ref_logps, 2), ("matches", matches, 3)):
         if table is not None and (table.shape != (pairs, width) or table.dtype != torch.float64):
@@ -204,12 +209,22 @@ def _check(
         )
 
 
-def _check_offsets(cu_seqlens: Tensor, pairs: bool) -> None:
+def _check_offsets(cu_seqlens: Tensor, tokens: int, pairs: bool) -> None:
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens is {_kind(cu_seqlens)}, expected (sequences + 1,) torch.int32")
     if pairs and len(cu_seqlens) % 2 == 0:
         raise ValueError(
             f"cu_seqlens bounds {len(cu_seqlens) - 1} sequences, expected pairs: chosen_0, rejected_0, chosen_1, ..."
+        )
+    if cu_seqlens.device.type == "cpu" or os.environ.get("FASTDPO_DEBUG") == "1":
+        _check_bounds(cu_seqlens, tokens)
+
+
+def _check_bounds(cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(
+            f"cu_seqlens goes from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])} for {tokens} tokens, expected offsets "
+            "that start at 0, never fall, and end at the number of tokens"
         )
 
 

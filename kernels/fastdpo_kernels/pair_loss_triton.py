@@ -32,7 +32,9 @@ _device_functions: dict[tuple, tuple[Any, Sequence[LossTerm]]] = {}
 
 
 def device_function(terms: Sequence[LossTerm]) -> Any:
-    """The `@triton.jit` function of these terms, made once. A formula is known by its identity: lambdas are welcome."""
+    """The `@triton.jit` function of these terms, made once. A formula is known by its identity: lambdas are welcome, and
+    what one reads from outside its arguments is what it was the first time.
+    """
     key = tuple(
         (id(t.formula), tuple(sorted(t.hyper.items())), t.weight, t.of, t.per, id(t.score), t.matched) for t in terms
     )
@@ -204,9 +206,11 @@ def pair_loss(
     """-> losses, logps, log_ratios, rewards, as PairLoss says."""
     if matches is None and any(term.matched for term in loss.terms):
         matches = match_pairs(sequence_sums(token_logps, cu_seqlens, loss.ld_alpha).view(-1, 2), ref_logps)
-    if tokens_per_pair is None and any(term.per == "batch_token" for term in loss.terms):
+    if not any(term.per == "batch_token" for term in loss.terms):
+        tokens_per_pair = None
+    elif tokens_per_pair is None:
         tokens_per_pair = chosen_tokens_per_pair(cu_seqlens)
-    if isinstance(tokens_per_pair, (int, float)):  # as a kernel's argument it would be rounded to fp32
+    elif isinstance(tokens_per_pair, (int, float)):  # as a kernel's argument it would be rounded to fp32
         tokens_per_pair = torch.full((), tokens_per_pair, dtype=torch.float64, device=token_logps.device)
     optional = (ref_logps, log_sum_sq_probs, matches, mean_reward, tokens_per_pair)
     inputs = tuple(None if tensor is None else tensor.detach().contiguous() for tensor in optional)
@@ -286,4 +290,5 @@ def _launch(kernel: Any, programs: int, values: Tensor, *arguments: Any, **const
         # All registers that there are: left to itself ptxas makes room for more programs than come, and spills 8 bytes
         # of some formulas for it (Triton 3.9, sm_90, sm_100 and sm_120).
         options["maxnreg"] = 255
-    kernel[(programs,)](values, *arguments, **constants, BLOCK=config.block, **options)
+    with torch.cuda.device_of(values):  # Triton launches on the current device
+        kernel[(programs,)](values, *arguments, **constants, BLOCK=config.block, **options)
