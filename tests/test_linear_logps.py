@@ -18,7 +18,7 @@ from conftest import KERNEL_DEVICE, KERNEL_DTYPES
 from torch import Tensor
 
 from fastdpo_kernels import launch
-from fastdpo_kernels.head import STATS, HeadOptions, Wants
+from fastdpo_kernels.head import STATS, HeadOptions
 from fastdpo_kernels.linear_logps import linear_logps, linear_logps_reference
 
 # The interpreter computes with what lies behind the vocabulary's end before it is masked.
@@ -315,14 +315,22 @@ def test_a_second_backward_gives_what_the_first_did(method: str) -> None:
 
 
 @pytest.mark.kernels
-def test_a_trained_head_keeps_its_logits_where_they_fit_the_workspace() -> None:
-    head, given = module_of("streamed"), inputs(device=KERNEL_DEVICE)
-    for rows, keeps in ((N, True), (N - 1, False)):
-        options = HeadOptions(workspace_bytes=rows * 128 * 4)
-        result = head.forward(
-            *(given[name] for name in ("hidden", "weight", "bias", "targets")), options, Wants.ALL_GRADIENTS
-        )
-        assert (result.kept is not None) == keeps
+@pytest.mark.parametrize(("fitting", "in_backward"), [(N, 1), (N - 1, 4)])
+def test_a_trained_head_keeps_its_logits_where_they_fit_the_workspace(
+    fitting: int, in_backward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first backward then is one product a gradient; the second, and chunks, compute the logits again."""
+    given, products, mm = inputs(device=KERNEL_DEVICE), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **out: products.append(args) or mm(*args, **out))
+    hidden = given["hidden"].requires_grad_()
+    given["weight"].requires_grad_()
+    logps, _ = linear_logps(**given, method="streamed", workspace_bytes=fitting * 128 * 4)
+    counts = [len(products)]
+    for _ in "12":
+        torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
+        counts.append(len(products) - sum(counts))
+    chunks = 1 if fitting == N else 2
+    assert counts == [chunks, in_backward, 2 * chunks]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -498,7 +506,7 @@ class _As(torch.autograd.Function):
 
 
 @pytest.mark.kernels
-def test_a_row_of_the_workspace_may_start_beyond_two_to_the_31_elements(vast: Tensor) -> None:
+def test_a_row_of_streameds_workspace_may_start_beyond_two_to_the_31_elements(vast: Tensor) -> None:
     head = module_of("streamed")
     given = inputs(torch.float16, KERNEL_DEVICE, 3)
     operands = [given[name] for name in ("hidden", "weight", "bias", "targets")]
@@ -560,11 +568,14 @@ def test_products_run_in_the_autocast_dtype(method: str, wanted: tuple[str, ...]
         with torch.autocast(device, dtype):
             return linear_logps(**arguments)
 
-    ours = run(cast, given, wanted, method=method)
-    half = run(linear_logps, inputs(dtype, device), wanted, method=method)
+    several_chunks = {"method": method, "workspace_bytes": 1000}
+    ours = run(cast, given, wanted, **several_chunks)
+    half = run(linear_logps, inputs(dtype, device), wanted, **several_chunks)
     assert ours["logps"].dtype == torch.float32
-    for name, value in ours.items():  # fp32 leaves get fp32 gradients
-        assert value.dtype == torch.float32 and torch.equal(value, half[name].float())
+    for name, value in ours.items():
+        assert value.dtype == torch.float32 and torch.equal(value.to(half[name].dtype), half[name])
+    if method != "fused" and "weight" in wanted:  # fp32 leaves get what was summed over chunks in fp32
+        assert not torch.equal(ours["grad of weight"], half["grad of weight"].float())
 
 
 def test_auto_is_torch_on_a_cpu_even_where_kernels_could_be_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def empty_state(R: tl.constexpr):
 @triton.jit
 def absorb(
     peak, total, spread, squares, sum_, top, z, counted, first_column,
-    WITH_STATS: tl.constexpr, WITH_TOP: tl.constexpr = True,
+    WITH_STATS: tl.constexpr, WITH_TOP=True,
 ):  # fmt: skip
     """The state after a block of columns. z (R, B) logits; counted (R, B): in the vocabulary and not the target's.
 

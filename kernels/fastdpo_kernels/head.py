@@ -3,7 +3,8 @@
 A method is a module with two functions:
 
     forward(hidden, weight, bias, targets, options, wants) -> HeadForward
-    backward(hidden, weight, bias, targets, saved, kept, grad_logps, options, needs) -> three gradients
+    backward(hidden, weight, bias, targets, saved, kept, grad_logps, options, needs) -> three gradients, in the dtypes
+        that they were summed in: autograd makes them those of the leaves
 
 Legend: N rows, D hidden size, V vocabulary.
 """

@@ -142,12 +142,12 @@ def _arranged(
 # ---- what the launchers share
 
 
-def _describable(*matrices: Tensor) -> bool:
-    """Whether tensor descriptors (TMA) can read them: rows that start at multiples of 16 bytes, and do not overlap."""
+def _aligned(*matrices: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, as tensor descriptors (TMA) need, and 16 elements apart, by which
+    Triton knows that it can load 16 bytes a thread.
+    """
     return all(
-        matrix.data_ptr() % 16 == 0
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
-        and matrix.stride(0) >= matrix.shape[1]
+        matrix.data_ptr() % 16 == 0 and matrix.stride(0) % 16 == 0 and matrix.stride(0) >= matrix.shape[1]
         for matrix in matrices
     )
 
@@ -174,10 +174,18 @@ def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> No
     kernel[(programs,)](*arguments, **constants)
 
 
+def _with_stats(options: HeadOptions, dtype: torch.dtype) -> bool:
+    """Whether the states are those of statistics too. A log-prob's bits must not depend on who asks for statistics, so
+    nothing may be fused into multiply-adds by what else a kernel computes: the compiler is told not to, but in fp32,
+    whose products are multiply-adds. There one kernel serves both.
+    """
+    return bool(options.stats) or dtype == torch.float32
+
+
 def _logit_options(options: HeadOptions) -> dict[str, Any]:
     return {
         "logit_scale": float(options.logit_scale),
-        "softcap": float(options.softcap or 1.0),
+        "softcap": 1.0 if options.softcap is None else float(options.softcap),
         "inverse_temperature": 1.0 / options.temperature,
         "HAS_SOFTCAP": options.softcap is not None,
     }
@@ -256,12 +264,14 @@ def _absorb_tile(
         if bias is not None:
             offsets = tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
         z = to_logits(products, offsets, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
-        counted = (columns < V)[None, :] & (columns[None, :] != target[:, None])
+        # columns counted from the tile's first: the others would be kept in registers from one tile to the next
+        place, target_place = tl.arange(0, BLOCK_N)[None, :], (target - first_column)[:, None]
+        counted = (place < V - first_column) & (place != target_place)
         peak, total, spread, squares, sum_, _ = absorb(
             peak, total, spread, squares, sum_, target, z, counted, first_column, WITH_STATS, WITH_TOP=False
         )
         if WITH_STATS:
-            before = tl.maximum(before, tl.max(tl.where(columns[None, :] < target[:, None], z, LOWEST), 1))
+            before = tl.maximum(before, tl.max(tl.where(place < target_place, z, LOWEST), 1))
         return peak, total, spread, squares, sum_, before
 
 
@@ -304,9 +314,10 @@ def _range_states(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     """-> (ranges, 2 or 6, N): peak, total, and for statistics spread, squares, sum, and the peak before the target."""
     rows, (vocabulary, hidden_size) = hidden.shape[0], weight.shape
     device = launch.device_of(hidden.device)
-    config = launch.fused_logits(rows, hidden.dtype, device, _describable(hidden, weight))
+    config = launch.fused_logits(rows, hidden.dtype, device, _aligned(hidden, weight))
     ranges = launch.fused_ranges(rows, vocabulary, config, device)
-    states = hidden.new_empty((ranges, 6 if options.stats else 2, rows), dtype=torch.float32)
+    with_stats = _with_stats(options, hidden.dtype)
+    states = hidden.new_empty((ranges, 6 if with_stats else 2, rows), dtype=torch.float32)
     _launch(
         _range_states_kernel,
         triton.cdiv(rows, config.block_m) * ranges,
@@ -323,8 +334,9 @@ def _range_states(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
         ranges,
         triton.cdiv(triton.cdiv(vocabulary, config.block_n), ranges),
         **_logit_options(options),
-        WITH_STATS=bool(options.stats),
+        WITH_STATS=with_stats,
         **_matmul_launch(config, hidden_size),
+        enable_fp_fusion=hidden.dtype == torch.float32,
     )
     return states
 
@@ -444,10 +456,11 @@ def _join_states(
         weight.stride(0),
         states.shape[0],
         **_logit_options(options),
-        WITH_STATS=bool(options.stats),
+        WITH_STATS=_with_stats(options, hidden.dtype),
         BLOCK_M=launch.FUSED_JOIN_ROWS,
         BLOCK_K=config.block,
         num_warps=config.num_warps,
+        enable_fp_fusion=False,
     )
 
 
@@ -524,7 +537,7 @@ def _logit_gradients(
 ) -> None:
     (rows, hidden_size), columns = hidden.shape, weight.shape[0]
     device = launch.device_of(hidden.device)
-    config = launch.fused_logits(rows, hidden.dtype, device, _describable(hidden, weight))
+    config = launch.fused_logits(rows, hidden.dtype, device, _aligned(hidden, weight))
     _launch(
         _logit_gradients_kernel,
         triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),
@@ -610,7 +623,7 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, accumu
     """out = left @ right, or left.T @ right; or adds that to out."""
     (rows, columns), terms = out.shape, right.shape[0]
     device = launch.device_of(left.device)
-    config = launch.fused_gradient(rows, columns, left.dtype, device, _describable(left, right))
+    config = launch.fused_gradient(rows, columns, left.dtype, device, _aligned(left, right))
     left_block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
     _launch(
         _multiply_kernel,

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdpo_kernels import launch
-from fastdpo_kernels._device import absorb, empty_state, exp, finish, finish_stats, slope, to_logits
+from fastdpo_kernels._device import LOWEST, absorb, empty_state, exp, finish, finish_stats, slope, to_logits
 from fastdpo_kernels.head import STATS, HeadForward, HeadOptions, Wants
 
 
@@ -93,11 +93,7 @@ def backward(
             _add_product(grad_weight, products.T, scaled, empty=first == 0)
         if grad_bias is not None:
             _add_column_sums(grad_bias, products, upstream)
-    return (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None else grad_bias.to(hidden.dtype),
-    )
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _per_row(hidden: Tensor) -> Tensor:
@@ -189,6 +185,20 @@ def _is_before(column, start, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
+def _peak_before(
+    products, bias, column, V, product_stride, logit_scale, softcap, inverse_temperature,
+    HAS_SOFTCAP: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The largest logit of the columns before one."""
+    peak = tl.full((LANES,), LOWEST, tl.float32)
+    for start in range(0, column, LANES * VECTOR):
+        x = _block(products, bias, start, V, product_stride, LANES, VECTOR)
+        z = to_logits(x, None, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
+        peak = tl.maximum(peak, tl.max(tl.where(_is_before(column, start, LANES, VECTOR), z, LOWEST), 1))
+    return tl.max(peak, 0)
+
+
+@triton.jit
 def _join_lanes(peak, total, spread, squares, sum_):
     """States of all lanes -> the row's."""
     whole = tl.max(peak, 0)
@@ -232,13 +242,12 @@ def _softmax_rows_kernel(
     row = tl.program_id(0).to(tl.int64) + first_row
     target = tl.load(targets + row)
     exists = (target >= 0) & (target < V)
-    target = tl.where(exists, target, 0)
-    target = target.to(tl.int32)
+    target = tl.where(exists, target, 0).to(tl.int32)
 
     peak, total, spread, squares, sum_, top = empty_state(LANES)
     for start in range(0, V, LANES * VECTOR):
-        block = _block(products, bias, start, V, product_stride, LANES, VECTOR)
-        z = to_logits(block, None, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
+        x = _block(products, bias, start, V, product_stride, LANES, VECTOR)
+        z = to_logits(x, None, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
         counted = _is_before(V, start, LANES, VECTOR) & ~_is_column(target, start, LANES, VECTOR)
         peak, total, spread, squares, sum_, top = absorb(
             peak, total, spread, squares, sum_, top, z, counted, start, WITH_STATS, WITH_TOP=False
@@ -247,31 +256,26 @@ def _softmax_rows_kernel(
 
     hidden += row * hidden_row_stride
     weight += target.to(tl.int64) * weight_row_stride
-    x = _target_product(hidden, weight, hidden_stride, weight_stride, D, BLOCK_D)
+    product = _target_product(hidden, weight, hidden_stride, weight_stride, D, BLOCK_D)
     if bias is not None:
-        x += tl.load(bias + target).to(tl.float32)
-    target_logit = to_logits(x, None, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
+        product += tl.load(bias + target).to(tl.float32)
+    target_logit = to_logits(product, None, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
+    target_logit = tl.where(exists, target_logit, float("nan"))  # and with it all that the row gives
     logp, whole_peak, whole, complement = finish(peak, total, target_logit)
-    nan = float("nan")
-    logp, whole, complement = (
-        tl.where(exists, logp, nan),
-        tl.where(exists, whole, nan),
-        tl.where(exists, complement, nan),
-    )
     tl.store(logps + row, logp)
     if peaks is not None:
         tl.store(peaks + row, whole_peak)
         tl.store(totals + row, whole)
         tl.store(complements + row, complement)
     if WITH_STATS:
-        first = tl.full((), 0, tl.int32) + V
-        if is_top1 is not None and target_logit == peak:  # then it is the top only as the first of equals
-            for start in range(0, target, LANES * VECTOR):
-                block = _block(products, bias, start, V, product_stride, LANES, VECTOR)
-                z = to_logits(block, None, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
-                tied = _is_before(target, start, LANES, VECTOR) & (z == peak)
-                first = tl.where(tl.max(tied.to(tl.int32)) == 1, 0, first)
-        values = finish_stats(peak, total, spread, squares, sum_, first, target_logit, target, V)
+        top = tl.full((), 0, tl.int32) + V
+        if is_top1 is not None and target_logit == peak:  # of equals the first is the top: worth another look
+            before = _peak_before(
+                products, bias, target, V, product_stride, logit_scale, softcap, inverse_temperature,
+                HAS_SOFTCAP, LANES, VECTOR,
+            )  # fmt: skip
+            top = tl.where(before == peak, 0, top)
+        values = finish_stats(peak, total, spread, squares, sum_, top, target_logit, target, V)
         if entropy is not None:
             tl.store(entropy + row, values[0])
         if mean_logit is not None:
@@ -301,17 +305,18 @@ def _softmax_rows(
 ) -> None:
     (rows, vocabulary), hidden_size = products.shape, hidden.shape[1]
     peaks, totals, complements = result.saved or (None, None, None)
+    blocks = _blocks_of(products)
     flags = {
         "WITH_STATS": bool(options.stats),
         "WITH_GRADIENT": result.hidden_jacobian is not None,
-        "BLOCK_D": launch.target_block(hidden_size),
+        "BLOCK_D": launch.target_block(hidden_size, blocks["num_warps"]),
     }
     _softmax_rows_kernel[(rows,)](
         products, hidden, weight, bias, targets, first, result.logps, peaks, totals, complements,
         **{name: result.stats.get(name) for name in STATS}, V=vocabulary, D=hidden_size,
         product_stride=products.stride(0), hidden_row_stride=hidden.stride(0), hidden_stride=hidden.stride(1),
         weight_row_stride=weight.stride(0), weight_stride=weight.stride(1),
-        **flags, **_options_of(options), **_blocks_of(products),
+        **flags, **_options_of(options), **blocks,
     )  # fmt: skip
 
 
@@ -384,19 +389,23 @@ def _add_column_sums(sums: Tensor, products: Tensor, upstream: Tensor) -> None:
 def _options_of(options: HeadOptions) -> dict[str, Any]:
     return {
         "logit_scale": options.logit_scale,
-        "softcap": options.softcap or 1.0,
+        "softcap": 1.0 if options.softcap is None else options.softcap,
         "inverse_temperature": 1 / options.temperature,
         "HAS_SOFTCAP": options.softcap is not None,
     }
 
 
 def _blocks_of(products: Tensor) -> dict[str, Any]:
+    """Constants and options of a kernel along the rows."""
     itemsize = products.element_size()
     config, vector = launch.row_config(products.shape[1], itemsize), 16 // itemsize
-    return {
+    blocks = {
         "LANES": config.block // vector,
         "VECTOR": vector,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         "enable_fp_fusion": False,
     }
+    if launch.device_of(products.device).kind == "cuda":  # AMD's compiler has no such option
+        blocks["maxnreg"] = config.registers
+    return blocks

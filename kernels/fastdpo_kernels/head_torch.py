@@ -71,11 +71,7 @@ def backward(
             scaled = (hidden[chunk] * upstream[:, None]).to(weight.dtype)
             grad_weight += gradient.T @ scaled
         del logits, slope, gradient
-    return (
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-    )
+    return grad_hidden, grad_weight, grad_bias
 
 
 def _rows_per_chunk(weight: Tensor, options: HeadOptions) -> int:

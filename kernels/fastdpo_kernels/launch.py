@@ -169,24 +169,27 @@ class RowConfig:
     block: int
     num_warps: int
     num_stages: int = 1
+    registers: int | None = None  # a thread's at most; None leaves it to the compiler
 
 
 def row_config(vocabulary: int, itemsize: int = 2) -> RowConfig:
     """The kernel along a row of logits: 16 KB a block by 16 warps, two loads of 16 bytes a thread (unmeasured).
 
-    To keep HBM busy an H200's multiprocessor needs about 26 KB on the way (4.3 TB/s, 0.8 us). Compiled for it, bf16
-    takes 32 registers a thread, 52 with statistics: 64 or 32 KB on the way, two to four rows. Blocks of 8 KB need as
-    many registers for half the bytes; of 32 KB, over 90, so fewer bytes again. Eight warps would have more rows under
-    way for the same bytes, and what a row reads again for its gradient leaves the L2 cache: 132 rows of 256 KB are 34
-    of its 50 MB.
+    To keep HBM busy an H200's multiprocessor needs about 26 KB on the way (4.3 TB/s, 0.8 us). Two rows at a time have
+    32 KB, and 64 registers a thread; bf16 takes 40, or 59 with statistics. Left to itself ptxas guesses at more rows,
+    and spills for some variants (8 bytes, fp32 on sm_120). Blocks of 8 KB would need nearly as many registers for half
+    the bytes, of 32 KB twice as many. Fewer warps would have more rows under way for the same bytes, and then what a
+    row reads again for its gradient has left the L2 cache: 132 rows of 256 KB are 34 of its 50 MB.
     """
     block = min(16384 // itemsize, max(64, 1 << (vocabulary - 1).bit_length()))
-    return RowConfig(block, num_warps=max(1, block * itemsize // 1024))
+    return RowConfig(block, num_warps=max(1, block * itemsize // 1024), registers=64)
 
 
-def target_block(hidden_size: int) -> int:
-    """Of the dot h . W[y] before the row: at D=4096 all 16 warps' threads read 16 bytes of each once (unmeasured)."""
-    return min(4096, max(64, 1 << (hidden_size - 1).bit_length()))
+def target_block(hidden_size: int, num_warps: int = 16) -> int:
+    """Of the dot h . W[y] after a row: 8 elements a thread, 16 bytes of bf16, and for 16 warps D=4096 at once. With
+    more, one warp of a small vocabulary spills (unmeasured).
+    """
+    return min(256 * num_warps, max(64, 1 << (hidden_size - 1).bit_length()))
 
 
 def pair_loss_config() -> RowConfig:
@@ -238,12 +241,12 @@ class FusedConfig:
 
 
 # How the tiles were chosen, all unmeasured. 128 x 256 needs 85 FLOP of each byte from the L2 cache, which on an H200 is
-# 9 TB/s at 790 TFLOP/s; 128 x 128 needs 64, and 256 accumulators a thread leave the softmax no registers. What sm_80
-# to sm_89 and sm_120 keep of 128 x 256 beside the softmax's state of 8 rows a thread spills, so they take 128 x 128.
-# The rest is what compiles without a spill with every option, with as many stages as fit (Triton 3.6 and 3.9).
+# 9 TB/s at 790 TFLOP/s; 128 x 128 needs 64, and 256 accumulators a thread leave the softmax no registers. Beside the
+# softmax's state of 8 rows a thread, 128 x 256 spills on sm_80 to sm_89 and sm_120, so they take 128 x 128. The rest is
+# what compiles without a spill with every option, with as many stages as fit (Triton 3.6 and 3.9).
 #
-# Descriptors free the registers of 64-bit addresses (182 in place of 210 on sm_90 in the plain forward), and a load of
-# a tile is one instruction, so they are taken where the hardware has them and the compiler uses them: UTMALDG feeds
+# Descriptors free the registers of 64-bit addresses (180 in place of 210 on sm_90 in the plain forward), and one
+# instruction loads a tile, so they are taken where the hardware has them and the compiler uses them: UTMALDG feeds
 # HGMMA on sm_90, UTCMMA on sm_100 and HMMA on sm_120. Below, Triton rewrites them to loads that it does not pipeline.
 _ON_SM80 = FusedConfig(
     logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=4, epilogue=64),
@@ -258,7 +261,7 @@ _ON_SM86 = FusedConfig(
     few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=3, epilogue=64, resident=2),
 )
 _ON_SM90 = FusedConfig(
-    logits=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=32, descriptors=True),
+    logits=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
     few_logits=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, descriptors=True, resident=2),
     gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
     few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, descriptors=True, resident=2),
@@ -269,46 +272,46 @@ _ON_SM100 = FusedConfig(  # 64 rows are half of what its matrix unit takes, and 
     gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
     few_gradients=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64, descriptors=True, resident=2),
 )
+_ON_SM120 = FusedConfig(
+    *(replace(getattr(_ON_SM86, product.name), descriptors=True) for product in fields(FusedConfig)),
+)
 _ON_GFX942 = FusedConfig(
     logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=2, epilogue=128),
     few_logits=MatmulConfig(64, 128, 64, num_warps=4, num_stages=2, epilogue=128, resident=2),
     gradient=MatmulConfig(128, 128, 64, num_warps=8, num_stages=2, epilogue=128),
     few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=2, epilogue=128, resident=2),
 )
+# Rows that are not a multiple of 16 elements apart (no model has such a D) are read an element at a time, through
+# registers.
+_UNALIGNED = FusedConfig(*[MatmulConfig(64, 64, 32, num_warps=8, num_stages=2, epilogue=64, resident=2)] * 4)
 # No matrix units for fp32 with all its digits on NVIDIA: 64 x 128 is 21 FLOP of each byte from the L2 cache, where 67
 # TFLOP/s (H200) need 3 TB/s. For few rows 16, as 64 would make a product bound by arithmetic, not by reading W.
 _IN_FP32 = FusedConfig(
-    logits=MatmulConfig(64, 128, 16, num_warps=8, num_stages=3, epilogue=128, resident=2),
+    logits=MatmulConfig(64, 128, 16, num_warps=8, num_stages=2, epilogue=128, resident=2),
     few_logits=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
-    gradient=MatmulConfig(64, 128, 16, num_warps=8, num_stages=3, epilogue=128, resident=2),
+    gradient=MatmulConfig(64, 128, 16, num_warps=8, num_stages=2, epilogue=128, resident=2),
     few_gradients=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
 )
-_SMALL = MatmulConfig(16, 64, 16, num_warps=1, num_stages=1, epilogue=32)
-_INTERPRETED = FusedConfig(_SMALL, _SMALL, _SMALL, _SMALL)
+_INTERPRETED = FusedConfig(*[MatmulConfig(16, 64, 32, num_warps=1, num_stages=1, epilogue=32)] * 4)
 
 ROW_TILES_SIDE_BY_SIDE = 8  # see fused_ranges
 FUSED_JOIN_ROWS = 8  # a program: 1024 of them at N=8192, with 8 x 512 elements of hidden and W on the way (unmeasured)
 
 
 def fused_config(dtype: torch.dtype, device: Device, aligned: bool) -> FusedConfig:
-    """`aligned`: whether tensor descriptors can read the operands. An architecture that is not listed takes the numbers
-    of the one before it.
+    """`aligned`: whether the operands' rows are a multiple of 16 elements apart. An architecture that is not listed
+    takes the numbers of the one before it.
     """
     if device.kind == "interpreter":
         return _INTERPRETED
     if dtype == torch.float32:
         return _IN_FP32
+    if not aligned:
+        return _UNALIGNED
     if isinstance(device.arch, str):
         return _ON_GFX942
-    if device.arch >= 120:
-        return _with_descriptors(_ON_SM86) if aligned else _ON_SM86
-    if device.arch >= 90 and aligned:
-        return _ON_SM100 if device.arch >= 100 else _ON_SM90
-    return _ON_SM86 if 80 < device.arch < 90 else _ON_SM80
-
-
-def _with_descriptors(config: FusedConfig) -> FusedConfig:
-    return FusedConfig(*(replace(getattr(config, field.name), descriptors=True) for field in fields(config)))
+    listed = {80: _ON_SM80, 86: _ON_SM86, 90: _ON_SM90, 100: _ON_SM100, 120: _ON_SM120}
+    return listed[max(arch for arch in listed if arch <= device.arch)]
 
 
 def fused_logits(rows: int, dtype: torch.dtype, device: Device, aligned: bool) -> MatmulConfig:
@@ -331,14 +334,15 @@ def fused_join(hidden_size: int) -> RowConfig:
     return RowConfig(block=min(512, max(16, 1 << (hidden_size - 1).bit_length())), num_warps=4)
 
 
+@lru_cache(maxsize=4096)  # 0.1 to 0.3 ms of host time for few rows
 def fused_ranges(rows: int, vocabulary: int, config: MatmulConfig, device: Device) -> int:
     """Ranges of the vocabulary, so that row tiles x ranges fill the multiprocessors a whole number of times.
 
     Programs go in order of groups of 8 row tiles, in a group by ranges, in a range by row tiles. With at least
     (multiprocessors / 8) ranges those that run together are of one or two groups: their hidden tiles stay in the L2
     cache (8 x 1 MB of bf16 at D=4096) while W streams by, once a group. At (8192, 128256, 4096) in bf16 on an H200
-    these are 64 row tiles x 16 ranges, 128 programs at a time on 132 multiprocessors, and W's 1.05 GB are read 8 times:
-    8.4 GB, 2.0 ms at 4.3 TB/s beside 10.9 ms of arithmetic. The states of the ranges are 1 MB, 3 MB with statistics.
+    these are 64 row tiles x 39 ranges, 17 ranges of 8 row tiles at a time, and W's 1.05 GB are read 8 times: 8.4 GB,
+    2.0 ms at 4.3 TB/s beside 10.9 ms of arithmetic. The states of the ranges are 3 MB, with statistics 8 MB.
 
     Of up to four times as many ranges the number with the least steps on the busiest multiprocessor, a program's start
     and end counting as a quarter of a step (unmeasured).

@@ -62,19 +62,22 @@ def linear_logps(
     `workspace_bytes` bounds what is allocated beside results and gradients; unset, it follows the device's memory.
 
     A target outside [0, V) raises on the CPU, and with FASTDPO_DEBUG=1 in the environment everywhere (that waits for
-    the device); otherwise its log-prob is NaN.
+    the device); otherwise the kernels make its log-prob NaN, and plain torch on a GPU stops with its own assertion.
 
     Raises ValueError for shapes that do not fit, an unknown statistic or method, a method that this dtype or device
     does not have, and (see above) targets.
     """
     _check(hidden, weight, targets, bias, stats, method)
+    _check_scales(softcap, temperature)
     device = hidden.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     name, workspace_bytes = _choose(hidden, weight, compute, method, workspace_bytes)
-    options = HeadOptions(logit_scale, softcap, temperature, tuple(stats), workspace_bytes)
+    softcap = None if softcap is None else float(softcap)
+    options = HeadOptions(float(logit_scale), softcap, float(temperature), tuple(stats), workspace_bytes)
     with torch.autocast(device, enabled=False), torch.cuda.device_of(hidden):  # Triton launches on the current device
-        head = hidden.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
-        logps, *values = _LinearLogps.apply(*head, targets, options, name, torch.is_grad_enabled())
+        # weight and bias are cast inside: fp32 ones get the gradient as it was summed, no copy waits for the backward
+        operands = hidden.to(compute), weight, bias, targets
+        logps, *values = _LinearLogps.apply(*operands, options, name, torch.is_grad_enabled())
     return logps, dict(zip(options.stats, values, strict=True))
 
 
@@ -118,20 +121,31 @@ def linear_logps_reference(
 def _check(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, stats: Sequence[str], method: str
 ) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D)")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (N, D) and (V, D), V and D above 0"
+        )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"targets is {tuple(targets.shape)} {targets.dtype}, expected ({hidden.shape[0]},) torch.int64"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias is {tuple(bias.shape)}, expected ({weight.shape[0]},): one entry per vocabulary row")
+    if isinstance(stats, str):
+        raise ValueError(f"stats={stats!r} is one string, expected a sequence of names: ({stats!r},)")
     if unknown := set(stats) - set(STATS):
         raise ValueError(f"stats has {sorted(unknown)}, expected names from {STATS}")
     if method not in METHODS:
         raise ValueError(f"method={method!r}, expected one of {METHODS}")
     if targets.device.type == "cpu" or os.environ.get("FASTDPO_DEBUG") == "1":
         _check_targets(targets, weight.shape[0])
+
+
+def _check_scales(softcap: float | None, temperature: float) -> None:
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}, expected a number above 0, or None for logits without a cap")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}, expected a number above 0")
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
@@ -178,6 +192,10 @@ def _wants(needs_gradient: Sequence[bool]) -> Wants:
     return Wants.HIDDEN_GRADIENT if hidden else Wants.VALUES
 
 
+def _cast(dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -192,7 +210,7 @@ class _LinearLogps(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wants = _wants(ctx.needs_input_grad) if with_gradient else Wants.VALUES
         method = importlib.import_module(f"fastdpo_kernels.head_{name}")  # triton ones exist on Linux only
-        result = method.forward(hidden, weight, bias, targets, options, wants)
+        result = method.forward(hidden, *_cast(hidden.dtype, weight, bias), targets, options, wants)
         ctx.method, ctx.options, ctx.kept = method, options, result.kept
         ctx.from_jacobian = result.hidden_jacobian is not None
         if ctx.from_jacobian:
@@ -213,7 +231,7 @@ class _LinearLogps(torch.autograd.Function):
         hidden, weight, bias, targets, *saved = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # a second backward recomputes them
         needs = ctx.needs_input_grad[:3]
-        gradients = ctx.method.backward(
-            hidden, weight, bias, targets, tuple(saved), kept, grad_logps, ctx.options, needs
-        )
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = hidden, *_cast(hidden.dtype, weight, bias)
+            gradients = ctx.method.backward(*head, targets, tuple(saved), kept, grad_logps, ctx.options, needs)
         return *gradients, *[None] * 4

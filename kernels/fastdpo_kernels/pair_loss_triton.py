@@ -32,8 +32,8 @@ _device_functions: dict[tuple, tuple[Any, Sequence[LossTerm]]] = {}
 
 
 def device_function(terms: Sequence[LossTerm]) -> Any:
-    """The `@triton.jit` function of these terms, made once. A formula is known by its identity: lambdas are welcome, and
-    what one reads from outside its arguments is what it was the first time.
+    """The `@triton.jit` function of these terms, made once. A formula is known by its identity: lambdas are welcome,
+    but what one reads from outside of its arguments is what it was the first time.
     """
     key = tuple(
         (id(t.formula), tuple(sorted(t.hyper.items())), t.weight, t.of, t.per, id(t.score), t.matched) for t in terms
