@@ -41,7 +41,7 @@ from fastdpo.model import (
 )
 from fastdpo.reference import NoReference, Reference, find_reference
 from fastdpo.step import MeanReward
-from fastdpo_kernels.linear_logps import method_report
+from fastdpo_kernels import linear_logps, pair_loss
 from fastdpo_kernels.pair_loss import PairwiseLoss
 
 logger = logging.getLogger(__name__)
@@ -281,7 +281,8 @@ def describe(policy: Policy, layout: Layout, reference: Reference | NoReference,
         logger.warning("the model's config asks for a router's auxiliary loss, which is not added in this version")
     if config.attn_implementation and layout.packed:
         logger.info("attention outside of packed batches (generation): %s, as asked for", config.attn_implementation)
-    for name, path in (*method_report(), *(backend_report() if layout.packed else [])):
+    kernels = linear_logps.method_report(config.device), pair_loss.method_report(config.device)
+    for name, path in (*kernels[0], *kernels[1], *(backend_report() if layout.packed else [])):
         logger.info("%s: %s", name, path)
     weights = config.loss_weights or [1] * len(config.loss_type)
     losses = " + ".join(f"{weight:g} {name}" for name, weight in zip(loss_names(config), weights, strict=True))

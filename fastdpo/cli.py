@@ -396,9 +396,10 @@ def _devices() -> list[str]:
 
 def _paths() -> None:
     from fastdpo import attention
-    from fastdpo_kernels import linear_logps
+    from fastdpo_kernels import linear_logps, pair_loss
 
-    _print_rows("paths", [*attention.backend_report(), *linear_logps.method_report()])
+    reports = attention.backend_report(), linear_logps.method_report(), pair_loss.method_report()
+    _print_rows("paths", [row for report in reports for row in report])
 
 
 if __name__ == "__main__":

@@ -138,6 +138,14 @@ def pair_loss(
     return PairLoss(*pair_loss_triton.pair_loss(token_logps, cu_seqlens, ref_logps, loss, *extras))
 
 
+def method_report(device: torch.device | None = None) -> list[tuple[str, str]]:
+    """Which way `pair_loss` goes on a device (the GPU where there is one): rows of (kernel, path)."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if _method("auto", device) == "triton":
+        return [("pair_loss", "triton: one launch for all pairs")]
+    return [("pair_loss", "torch: autograd through the formulas; Triton compiles for CUDA and ROCm devices only")]
+
+
 def sequence_sums(
     token_logps: Tensor,  # (N, ...)
     cu_seqlens: Tensor,  # (S + 1,) int32
