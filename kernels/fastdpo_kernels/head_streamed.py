@@ -305,7 +305,8 @@ def _softmax_rows(
 ) -> None:
     (rows, vocabulary), hidden_size = products.shape, hidden.shape[1]
     peaks, totals, complements = result.saved or (None, None, None)
-    blocks = _blocks_of(products, bool(options.stats) and options.softcap is not None)
+    crowded = bool(options.stats) and (options.softcap is not None or bias is not None)
+    blocks = _blocks_of(products, crowded)
     flags = {
         "WITH_STATS": bool(options.stats),
         "WITH_GRADIENT": result.hidden_jacobian is not None,
@@ -395,10 +396,10 @@ def _options_of(options: HeadOptions) -> dict[str, Any]:
     }
 
 
-def _blocks_of(products: Tensor, capped_with_stats: bool = False) -> dict[str, Any]:
+def _blocks_of(products: Tensor, crowded: bool = False) -> dict[str, Any]:
     """Constants and options of a kernel along the rows."""
     itemsize = products.element_size()
-    config, vector = launch.row_config(products.shape[1], itemsize, capped_with_stats), 16 // itemsize
+    config, vector = launch.row_config(products.shape[1], itemsize, crowded), 16 // itemsize
     blocks = {
         "LANES": config.block // vector,
         "VECTOR": vector,

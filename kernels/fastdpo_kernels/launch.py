@@ -172,18 +172,18 @@ class RowConfig:
     registers: int | None = None  # a thread's at most; None leaves it to the compiler
 
 
-def row_config(vocabulary: int, itemsize: int = 2, capped_with_stats: bool = False) -> RowConfig:
+def row_config(vocabulary: int, itemsize: int = 2, crowded: bool = False) -> RowConfig:
     """The kernel along a row of logits: 16 KB a block by 16 warps, two loads of 16 bytes a thread (unmeasured).
 
     To keep HBM busy an H200's multiprocessor needs about 26 KB on the way (4.3 TB/s, 0.8 us). Two rows at a time have
     32 KB, and 64 registers a thread; bf16 takes 40, or 59 with statistics. Left to itself ptxas guesses at more rows,
     and spills for some variants (8 bytes, fp32 on sm_120). Blocks of 8 KB would need nearly as many registers for half
     the bytes, of 32 KB twice as many. Fewer warps would have more rows under way for the same bytes, and then what a
-    row reads again for its gradient has left the L2 cache: 132 rows of 256 KB are 34 of its 50 MB. A softcap beside
-    statistics does not fit 64 registers (8 bytes spilled on sm_100), and goes a row at a time.
+    row reads again for its gradient has left the L2 cache: 132 rows of 256 KB are 34 of its 50 MB. `crowded`, a
+    softcap or a bias beside statistics, does not fit 64 registers (8 bytes spilled on sm_100): a row at a time.
     """
     block = min(16384 // itemsize, max(64, 1 << (vocabulary - 1).bit_length()))
-    registers = 128 if capped_with_stats else 64
+    registers = 128 if crowded else 64
     return RowConfig(block, num_warps=max(1, block * itemsize // 1024), registers=registers)
 
 
