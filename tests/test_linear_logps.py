@@ -314,6 +314,12 @@ def test_an_expanded_upstream_gradient_is_its_numbers(method: str, wanted: tuple
     assert all(torch.equal(*pair) for pair in zip(expanded, dense, strict=True))
 
 
+def test_statistics_do_not_change_how_plain_torch_chunks_rows() -> None:
+    """A product of other rows may round otherwise: the policy's, with statistics, against its reference's, without."""
+    plain, asked = (module_of("torch")._rows_per_chunk(torch.empty(V, D), HeadOptions(stats=s)) for s in ((), STATS))
+    assert plain == asked
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_second_backward_gives_what_the_first_did(method: str) -> None:
     """The first may turn logits that the forward kept into their gradient."""

@@ -75,9 +75,13 @@ def backward(
 
 
 def _rows_per_chunk(weight: Tensor, options: HeadOptions) -> int:
-    """Rows whose (C, V) tensors, as many as are alive at once, fit the workspace."""
+    """Rows whose (C, V) tensors, as many as are alive at once, fit the workspace.
+
+    As many with statistics as without: a product of other rows may round otherwise, and a policy, which has statistics,
+    must start from the bits of its reference, which has none.
+    """
     exact = torch.promote_types(weight.dtype, torch.float32).itemsize
-    copies = 1 + ("entropy" in options.stats) + (options.softcap is not None)
+    copies = 2 + (options.softcap is not None)
     a_row = weight.shape[0] * (copies * exact + (weight.element_size() if weight.element_size() < exact else 0))
     return max(1, options.workspace_bytes // a_row)
 
