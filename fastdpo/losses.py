@@ -162,8 +162,13 @@ def check_idle_options(config: Any, defaults: Mapping[str, Any]) -> None:
                 f"({', '.join(readers)})."
             )
     kind, coefficient = config.f_divergence_type, config.f_alpha_divergence_coef
-    if kind != "reverse_kl" and all(loss is LOSSES["sft"] for loss in losses):
-        raise ValueError(f"f_divergence_type={kind!r} has no effect on sft, which sees no reference: leave it out.")
+    if all(loss is LOSSES["sft"] for loss in losses):
+        for option in ("f_divergence_type", "ld_alpha"):
+            if getattr(config, option) != defaults[option]:
+                raise ValueError(
+                    f"{option}={getattr(config, option)!r} has no effect on sft, the mean of the chosen tokens' "
+                    "log-probs: leave it out, or add a loss that reads it."
+                )
     if coefficient != defaults["f_alpha_divergence_coef"] and kind != "alpha_divergence":
         raise ValueError(
             f"f_alpha_divergence_coef={coefficient!r} has no effect on f_divergence_type={kind!r}: leave it out, or "

@@ -246,7 +246,7 @@ SOURCE = Path(inspect.getfile(launch)).read_text()
 PROVENANCE = re.compile(rf"unmeasured|({'|'.join(EXAMPLES)})[^.]*\b20\d\d-\d\d(-\d\d)?")
 
 # Facts of a device or of arithmetic, not choices that a measurement could change.
-GIVEN = {"MiB", "SHARED_BYTES", "EXAMPLES", "INTERPRETER", "row_stride", "with_pointers"}
+GIVEN = {"MiB", "SHARED_BYTES", "EXAMPLES", "INTERPRETER", "row_stride"}
 
 
 def definitions() -> dict[str, tuple[ast.stmt, str]]:
@@ -296,4 +296,4 @@ def test_a_launch_number_says_what_measured_it_or_that_nothing_did(name: str) ->
 
 def test_the_scan_finds_functions_and_constants() -> None:
     assert {"streamed_rows", "row_config", "fused_ranges", "MIN_STREAMED_ROWS"} <= set(numbers())
-    assert not {"pretend", "device_of", "head_method", "with_pointers"} & set(numbers())
+    assert not {"pretend", "device_of", "head_method"} & set(numbers())

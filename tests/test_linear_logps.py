@@ -332,17 +332,19 @@ def test_a_second_backward_gives_what_the_first_did(method: str) -> None:
     assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
-@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("method", "a_row"), [("torch", 2 * V * 4), pytest.param("streamed", 128 * 4, marks=KERNELS[0].marks)]
+)
 @pytest.mark.parametrize(("fitting", "in_backward"), [(N, 1), (N - 1, 4)])
 def test_a_trained_head_keeps_its_logits_where_they_fit_the_workspace(
-    fitting: int, in_backward: int, monkeypatch: pytest.MonkeyPatch
+    method: str, a_row: int, fitting: int, in_backward: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first backward then is one product a gradient; the second, and chunks, compute the logits again."""
-    given, products, mm = inputs(device=KERNEL_DEVICE), [], torch.mm
+    given, products, mm = inputs(device=device_of(method)), [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda *args, **out: products.append(args) or mm(*args, **out))
     hidden = given["hidden"].requires_grad_()
     given["weight"].requires_grad_()
-    logps, _ = linear_logps(**given, method="streamed", workspace_bytes=fitting * 128 * 4)
+    logps, _ = linear_logps(**given, method=method, workspace_bytes=fitting * a_row)
     counts = [len(products)]
     for _ in "12":
         torch.autograd.grad(logps.sum(), hidden, retain_graph=True)
@@ -448,11 +450,11 @@ def beside_the_workspace(given: Given, wanted: tuple[str, ...]) -> int:
 
 @pytest.mark.parametrize("workspace", [1, 3000, 10**6])
 def test_chunks_are_as_many_rows_as_the_workspace_holds(workspace: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row where not even that fits."""
+    """Two numbers of fp32 a logit are alive at once; one row goes where not even that fits."""
     sizes, mm = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda left, right, **out: sizes.append(len(left)) or mm(left, right, **out))
     linear_logps(**without_bias(inputs()), workspace_bytes=workspace)
-    assert sum(sizes) == N and max(sizes) == min(N, max(1, workspace // (V * 4)))
+    assert sum(sizes) == N and max(sizes) == min(N, max(1, workspace // (2 * V * 4)))
 
 
 # ---- offsets beyond 2^31 elements

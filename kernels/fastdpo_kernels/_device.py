@@ -4,7 +4,7 @@ The state of a row's softmax runs over every column but the target's, which join
 
     peak    largest logit                       spread   sum of e^d * d        d = z - peak
     total   sum of e^d                          squares  sum of e^(2 d)
-    top     first column that has the peak      sum      sum of z
+    sum     sum of z
 
 So log p(target) near 0 is -log1p(others / target), exact where 1 - (1 - p) would lose every digit, and never positive.
 
@@ -69,28 +69,20 @@ def slope(product, bias, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP:
 
 @triton.jit
 def empty_state(R: tl.constexpr):
-    """-> peak, total, spread, squares, sum, top of no column, (R,) each."""
+    """-> peak, total, spread, squares, sum of no column, (R,) each."""
     zero = tl.zeros((R,), tl.float32)
-    return zero + LOWEST, zero, zero, zero, zero, tl.zeros((R,), tl.int32)
+    return zero + LOWEST, zero, zero, zero, zero
 
 
 @triton.jit
-def absorb(
-    peak, total, spread, squares, sum_, top, z, counted, first_column,
-    WITH_STATS: tl.constexpr, WITH_TOP=True,
-):  # fmt: skip
+def absorb(peak, total, spread, squares, sum_, z, counted, WITH_STATS: tl.constexpr):
     """The state after a block of columns. z (R, B) logits; counted (R, B): in the vocabulary and not the target's.
 
     While no column of a row is counted its peak is LOWEST, and total grows by e^0 a column: the first column that
     counts, and the target at the latest, multiplies that by e^LOWEST, which is 0.
     """
     z = tl.where(counted, z, LOWEST)
-    if WITH_STATS and WITH_TOP:
-        block_peak, block_top = tl.max(z, 1, return_indices=True, return_indices_tie_break_left=True)
-        top = tl.where(block_peak > peak, first_column + block_top, top)
-    else:
-        block_peak = tl.max(z, 1)
-    new_peak = tl.maximum(peak, block_peak)
+    new_peak = tl.maximum(peak, tl.max(z, 1))
     d = z - new_peak[:, None]
     e = exp(d)
     shrink = exp(peak - new_peak)
@@ -99,7 +91,7 @@ def absorb(
         squares = shrink * shrink * squares + tl.sum(e * e, 1)
         sum_ += tl.sum(tl.where(counted, z, 0.0), 1)
     total = shrink * total + tl.sum(e, 1)
-    return new_peak, total, spread, squares, sum_, top
+    return new_peak, total, spread, squares, sum_
 
 
 @triton.jit
@@ -115,8 +107,10 @@ def finish(peak, total, target_logit):
 
 
 @triton.jit
-def finish_stats(peak, total, spread, squares, sum_, top, target_logit, target, V):
-    """-> entropy, mean_logit, is_top1, log_sum_sq_probs, with the target's column joined."""
+def finish_stats(peak, total, spread, squares, sum_, before, target_logit, V):
+    """-> entropy, mean_logit, is_top1, log_sum_sq_probs, with the target's column joined. `before` is the peak of the
+    columns before the target: of equals the first is the top.
+    """
     whole_peak = tl.maximum(peak, target_logit)
     shrink, of_target = exp(peak - whole_peak), exp(target_logit - whole_peak)
     whole = shrink * total + of_target
@@ -124,7 +118,7 @@ def finish_stats(peak, total, spread, squares, sum_, top, target_logit, target, 
     log_whole = tl.where(target_logit >= peak, log1p(shrink * total), tl.log(whole))
     whole_spread = shrink * (spread + (peak - whole_peak) * total) + of_target * (target_logit - whole_peak)
     whole_squares = shrink * shrink * squares + of_target * of_target
-    is_top1 = (target_logit > peak) | ((target_logit == peak) & (target < top))
+    is_top1 = (target_logit >= peak) & (target_logit > before)
     return (
         log_whole - whole_spread / whole,
         (sum_ + target_logit) / V,

@@ -42,6 +42,16 @@ class HeadOptions:
         """dz/d(W h + b) without the softcap's part."""
         return self.logit_scale / self.temperature
 
+    @property
+    def of_kernels(self) -> dict[str, float | bool]:
+        """As arguments of the Triton kernels."""
+        return {
+            "logit_scale": self.logit_scale,
+            "softcap": 1.0 if self.softcap is None else self.softcap,
+            "inverse_temperature": 1.0 / self.temperature,
+            "HAS_SOFTCAP": self.softcap is not None,
+        }
+
 
 @dataclass
 class HeadForward:
@@ -51,4 +61,4 @@ class HeadForward:
     stats: dict[str, Tensor]  # each (N,)
     hidden_jacobian: Tensor | None = None  # (N, D) d logp_n / d h_n, where the method has it already
     saved: tuple[Tensor, ...] = field(default=())  # (N,) each, for the backward to recompute from
-    kept: Tensor | None = None  # the logits themselves, where they fit; the backward overwrites them
+    kept: Tensor | None = None  # the logits or their gradient, where they fit; the backward may overwrite them

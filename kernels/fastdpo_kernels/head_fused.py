@@ -20,6 +20,9 @@ Legend: N rows, V vocabulary, D hidden size; C rows of a chunk, S columns of a s
 BLOCK_M x BLOCK_N, summed over BLOCK_K terms at a time.
 """
 
+# A type checker knows neither the options of a launch nor that constexpr parameters take plain values.
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any
@@ -156,6 +159,12 @@ def _operand(matrix: Tensor, block: tuple[int, int], config: launch.MatmulConfig
     return TensorDescriptor.from_tensor(matrix, list(block)) if config.descriptors else matrix
 
 
+def _operands(hidden: Tensor, weight: Tensor, config: launch.MatmulConfig) -> tuple[Tensor | TensorDescriptor, ...]:
+    """Of a product of hidden with weight.T."""
+    blocks = (config.block_m, config.block_k), (config.block_n, config.block_k)
+    return _operand(hidden, blocks[0], config), _operand(weight, blocks[1], config)
+
+
 def _matmul_launch(config: launch.MatmulConfig, terms: int) -> dict[str, Any]:
     return {
         "BLOCK_M": config.block_m,
@@ -170,25 +179,12 @@ def _matmul_launch(config: launch.MatmulConfig, terms: int) -> dict[str, Any]:
     }
 
 
-def _launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    kernel[(programs,)](*arguments, **constants)
-
-
 def _with_stats(options: HeadOptions, dtype: torch.dtype) -> bool:
     """Whether the states are those of statistics too. A log-prob's bits must not depend on who asks for statistics, so
     nothing may be fused into multiply-adds by what else a kernel computes: the compiler is told not to, but in fp32,
     whose products are multiply-adds. There one kernel serves both.
     """
     return bool(options.stats) or dtype == torch.float32
-
-
-def _logit_options(options: HeadOptions) -> dict[str, Any]:
-    return {
-        "logit_scale": float(options.logit_scale),
-        "softcap": 1.0 if options.softcap is None else float(options.softcap),
-        "inverse_temperature": 1.0 / options.temperature,
-        "HAS_SOFTCAP": options.softcap is not None,
-    }
 
 
 @triton.jit
@@ -267,9 +263,7 @@ def _absorb_tile(
         # columns counted from the tile's first: the others would be kept in registers from one tile to the next
         place, target_place = tl.arange(0, BLOCK_N)[None, :], (target - first_column)[:, None]
         counted = (place < V - first_column) & (place != target_place)
-        peak, total, spread, squares, sum_, _ = absorb(
-            peak, total, spread, squares, sum_, target, z, counted, first_column, WITH_STATS, WITH_TOP=False
-        )
+        peak, total, spread, squares, sum_ = absorb(peak, total, spread, squares, sum_, z, counted, WITH_STATS)
         if WITH_STATS:
             before = tl.maximum(before, tl.max(tl.where(place < target_place, z, LOWEST), 1))
         return peak, total, spread, squares, sum_, before
@@ -287,7 +281,7 @@ def _range_states_kernel(
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < N
     target = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
-    peak, total, spread, squares, sum_, _ = empty_state(BLOCK_M)
+    peak, total, spread, squares, sum_ = empty_state(BLOCK_M)
     before = peak
     first_tile = vocabulary_range * tiles_a_range
     for tile in range(first_tile, tl.minimum(first_tile + tiles_a_range, tl.cdiv(V, BLOCK_N))):
@@ -318,26 +312,12 @@ def _range_states(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     ranges = launch.fused_ranges(rows, vocabulary, config, device)
     with_stats = _with_stats(options, hidden.dtype)
     states = hidden.new_empty((ranges, 6 if with_stats else 2, rows), dtype=torch.float32)
-    _launch(
-        _range_states_kernel,
-        triton.cdiv(rows, config.block_m) * ranges,
-        _operand(hidden, (config.block_m, config.block_k), config),
-        _operand(weight, (config.block_n, config.block_k), config),
-        bias,
-        targets,
-        states,
-        rows,
-        vocabulary,
-        hidden_size,
-        hidden.stride(0),
-        weight.stride(0),
-        ranges,
-        triton.cdiv(triton.cdiv(vocabulary, config.block_n), ranges),
-        **_logit_options(options),
-        WITH_STATS=with_stats,
-        **_matmul_launch(config, hidden_size),
+    _range_states_kernel[(triton.cdiv(rows, config.block_m) * ranges,)](
+        *_operands(hidden, weight, config), bias, targets, states, rows, vocabulary, hidden_size,
+        hidden.stride(0), weight.stride(0), ranges, triton.cdiv(triton.cdiv(vocabulary, config.block_n), ranges),
+        **options.of_kernels, WITH_STATS=with_stats, **_matmul_launch(config, hidden_size),
         enable_fp_fusion=hidden.dtype == torch.float32,
-    )
+    )  # fmt: skip
     return states
 
 
@@ -365,7 +345,7 @@ def _target_logits(
 @triton.jit
 def _joined(states, stride, inside, ranges, WITH_STATS: tl.constexpr, BLOCK_M: tl.constexpr):
     """The state of whole rows from those of the ranges; `states` points at the first range's peaks."""
-    peak, total, spread, squares, sum_, _ = empty_state(BLOCK_M)
+    peak, total, spread, squares, sum_ = empty_state(BLOCK_M)
     before = peak
     for _ in range(0, ranges):
         next_peak = tl.load(states, mask=inside, other=0.0)
@@ -412,9 +392,8 @@ def _join_states_kernel(
     tl.store(totals + rows, whole, mask=inside)
     tl.store(complements + rows, complement, mask=inside)
     if WITH_STATS:
-        top = tl.where(before == peak, -1, V)  # as `target` is compared with it
         row_entropy, row_mean, row_is_top1, row_squares = finish_stats(
-            peak, total, spread, squares, sum_, top, target_logit, target, V
+            peak, total, spread, squares, sum_, before, target_logit, V
         )
         if entropy is not None:
             tl.store(entropy + rows, row_entropy + unknown, mask=inside)
@@ -438,30 +417,12 @@ def _join_states(
     """Writes every tensor of `result`."""
     rows, hidden_size = hidden.shape
     config = launch.fused_join(hidden_size)
-    _launch(
-        _join_states_kernel,
-        triton.cdiv(rows, launch.FUSED_JOIN_ROWS),
-        states,
-        hidden,
-        weight,
-        bias,
-        targets,
-        result.logps,
-        *result.saved,
-        *(result.stats.get(name) for name in STATS),
-        rows,
-        weight.shape[0],
-        hidden_size,
-        hidden.stride(0),
-        weight.stride(0),
-        states.shape[0],
-        **_logit_options(options),
-        WITH_STATS=_with_stats(options, hidden.dtype),
-        BLOCK_M=launch.FUSED_JOIN_ROWS,
-        BLOCK_K=config.block,
-        num_warps=config.num_warps,
-        enable_fp_fusion=False,
-    )
+    _join_states_kernel[(triton.cdiv(rows, launch.FUSED_JOIN_ROWS),)](
+        states, hidden, weight, bias, targets, result.logps, *result.saved, *map(result.stats.get, STATS),
+        rows, weight.shape[0], hidden_size, hidden.stride(0), weight.stride(0), states.shape[0],
+        **options.of_kernels, WITH_STATS=_with_stats(options, hidden.dtype),
+        BLOCK_M=launch.FUSED_JOIN_ROWS, BLOCK_K=config.block, num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 # ---- backward
@@ -538,26 +499,11 @@ def _logit_gradients(
     (rows, hidden_size), columns = hidden.shape, weight.shape[0]
     device = launch.device_of(hidden.device)
     config = launch.fused_logits(rows, hidden.dtype, device, _aligned(hidden, weight))
-    _launch(
-        _logit_gradients_kernel,
-        triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),
-        slab,
-        _operand(hidden, (config.block_m, config.block_k), config),
-        _operand(weight, (config.block_n, config.block_k), config),
-        bias,
-        targets,
-        factors,
-        rows,
-        columns,
-        hidden_size,
-        first,
-        slab.stride(0),
-        hidden.stride(0),
-        weight.stride(0),
-        factors.stride(0),
-        **_logit_options(options),
-        **_matmul_launch(config, hidden_size),
-    )
+    _logit_gradients_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
+        slab, *_operands(hidden, weight, config), bias, targets, factors, rows, columns, hidden_size, first,
+        slab.stride(0), hidden.stride(0), weight.stride(0), factors.stride(0),
+        **options.of_kernels, **_matmul_launch(config, hidden_size),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -625,19 +571,8 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, accumu
     device = launch.device_of(left.device)
     config = launch.fused_gradient(rows, columns, left.dtype, device, _aligned(left, right))
     left_block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
-    _launch(
-        _multiply_kernel,
-        triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),
-        _operand(left, left_block, config),
-        _operand(right, (config.block_k, config.block_n), config),
-        out,
-        rows,
-        terms,
-        columns,
-        left.stride(0),
-        right.stride(0),
-        out.stride(0),
-        TRANSPOSED=transposed,
-        ACCUMULATE=accumulate,
-        **_matmul_launch(config, terms),
-    )
+    _multiply_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
+        _operand(left, left_block, config), _operand(right, (config.block_k, config.block_n), config), out,
+        rows, terms, columns, left.stride(0), right.stride(0), out.stride(0),
+        TRANSPOSED=transposed, ACCUMULATE=accumulate, **_matmul_launch(config, terms),
+    )  # fmt: skip

@@ -244,14 +244,12 @@ def _softmax_rows_kernel(
     exists = (target >= 0) & (target < V)
     target = tl.where(exists, target, 0).to(tl.int32)
 
-    peak, total, spread, squares, sum_, top = empty_state(LANES)
+    peak, total, spread, squares, sum_ = empty_state(LANES)
     for start in range(0, V, LANES * VECTOR):
         x = _block(products, bias, start, V, product_stride, LANES, VECTOR)
         z = to_logits(x, None, logit_scale, softcap, inverse_temperature, HAS_SOFTCAP)
         counted = _is_before(V, start, LANES, VECTOR) & ~_is_column(target, start, LANES, VECTOR)
-        peak, total, spread, squares, sum_, top = absorb(
-            peak, total, spread, squares, sum_, top, z, counted, start, WITH_STATS, WITH_TOP=False
-        )
+        peak, total, spread, squares, sum_ = absorb(peak, total, spread, squares, sum_, z, counted, WITH_STATS)
     peak, total, spread, squares, sum_ = _join_lanes(peak, total, spread, squares, sum_)
 
     hidden += row * hidden_row_stride
@@ -268,14 +266,13 @@ def _softmax_rows_kernel(
         tl.store(totals + row, whole)
         tl.store(complements + row, complement)
     if WITH_STATS:
-        top = tl.full((), 0, tl.int32) + V
-        if is_top1 is not None and target_logit == peak:  # of equals the first is the top: worth another look
+        before = tl.full((), LOWEST, tl.float32)
+        if is_top1 is not None and target_logit == peak:  # rare, and only then does `before` matter
             before = _peak_before(
                 products, bias, target, V, product_stride, logit_scale, softcap, inverse_temperature,
                 HAS_SOFTCAP, LANES, VECTOR,
             )  # fmt: skip
-            top = tl.where(before == peak, 0, top)
-        values = finish_stats(peak, total, spread, squares, sum_, top, target_logit, target, V)
+        values = finish_stats(peak, total, spread, squares, sum_, before, target_logit, V)
         if entropy is not None:
             tl.store(entropy + row, values[0])
         if mean_logit is not None:
@@ -317,7 +314,7 @@ def _softmax_rows(
         **{name: result.stats.get(name) for name in STATS}, V=vocabulary, D=hidden_size,
         product_stride=products.stride(0), hidden_row_stride=hidden.stride(0), hidden_stride=hidden.stride(1),
         weight_row_stride=weight.stride(0), weight_stride=weight.stride(1),
-        **flags, **_options_of(options), **blocks,
+        **flags, **options.of_kernels, **blocks,
     )  # fmt: skip
 
 
@@ -351,7 +348,7 @@ def _gradient_rows(
     peaks, totals, complements = saved
     _gradient_rows_kernel[(rows, triton.cdiv(vocabulary, blocks["LANES"] * blocks["VECTOR"]))](
         products, bias, targets, first, peaks, totals, complements, vocabulary, products.stride(0),
-        **_options_of(options), **blocks,
+        **options.of_kernels, **blocks,
     )  # fmt: skip
 
 
@@ -385,15 +382,6 @@ def _add_column_sums(sums: Tensor, products: Tensor, upstream: Tensor) -> None:
     _column_sums_kernel[(triton.cdiv(vocabulary, config.block_vocabulary),)](
         sums, products, upstream, rows, vocabulary, products.stride(0), **tiles
     )
-
-
-def _options_of(options: HeadOptions) -> dict[str, Any]:
-    return {
-        "logit_scale": options.logit_scale,
-        "softcap": 1.0 if options.softcap is None else options.softcap,
-        "inverse_temperature": 1 / options.temperature,
-        "HAS_SOFTCAP": options.softcap is not None,
-    }
 
 
 def _blocks_of(products: Tensor, crowded: bool = False) -> dict[str, Any]:

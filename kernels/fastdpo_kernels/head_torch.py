@@ -34,8 +34,10 @@ def forward(
             result.stats[name][chunk] = value
         if result.hidden_jacobian is not None:
             gradient = _to_logit_gradient(softmax, slope, targets[chunk], options).to(weight.dtype)
-            result.hidden_jacobian[chunk] = gradient @ weight
+            torch.mm(gradient, weight, out=result.hidden_jacobian[chunk])
             del gradient
+        elif wants is Wants.ALL_GRADIENTS and step >= rows:
+            result.kept = _to_logit_gradient(softmax, slope, targets, options)
         del logits, slope, softmax  # before the next chunk's are made
     return result
 
@@ -46,12 +48,12 @@ def backward(
     bias: Tensor | None,
     targets: Tensor,
     saved: tuple[Tensor, ...],  # nothing: chunks are computed again from the start
-    kept: None,
+    kept: Tensor | None,  # (N, V) d logp / d (W h + b), where all rows are one chunk
     grad_logps: Tensor,  # (N,)
     options: HeadOptions,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Recomputes each chunk's logits; -> gradients of hidden, weight and bias, each where `needs` asks for it."""
+    """-> gradients of hidden, weight and bias, each where `needs` asks for it."""
     exact = grad_logps.dtype
     grad_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
     grad_weight = weight.new_zeros(weight.shape, dtype=exact) if needs[1] else None
@@ -59,18 +61,17 @@ def backward(
     step = _rows_per_chunk(weight, options)
     for start in range(0, hidden.shape[0], step):
         chunk = slice(start, start + step)
-        logits, slope = _chunk_logits(hidden[chunk], weight, bias, targets[chunk], options)
-        gradient = _to_logit_gradient(_softmax(logits, targets[chunk], False), slope, targets[chunk], options)
+        gradient = _logit_gradient(hidden[chunk], weight, bias, targets[chunk], options) if kept is None else kept
         upstream = grad_logps[chunk]
         if grad_bias is not None:
             grad_bias += upstream @ gradient
         gradient = gradient.to(weight.dtype)
         if grad_hidden is not None:
-            grad_hidden[chunk] = (gradient @ weight) * upstream[:, None].to(hidden.dtype)
+            grad_hidden[chunk] = torch.mm(gradient, weight) * upstream[:, None].to(hidden.dtype)
         if grad_weight is not None:  # the C x D hidden chunk takes the upstream factor, not the C x V gradient
             scaled = (hidden[chunk] * upstream[:, None]).to(weight.dtype)
             grad_weight += gradient.T @ scaled
-        del logits, slope, gradient
+        del gradient  # before the next chunk's is made
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -139,14 +140,21 @@ def _softmax(logits: Tensor, targets: Tensor, keep_shifted: bool) -> _Softmax:
     return _Softmax(shifted, exps, highest, top, exps.sum(-1), target)
 
 
+def _logit_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: HeadOptions
+) -> Tensor:
+    logits, slope = _chunk_logits(hidden, weight, bias, targets, options)
+    return _to_logit_gradient(_softmax(logits, targets, keep_shifted=False), slope, targets, options)
+
+
 def _to_logit_gradient(softmax: _Softmax, slope: Tensor | None, targets: Tensor, options: HeadOptions) -> Tensor:
     """Turns exps (C, V) in place into d logp / d (W h + b) = (1[v = y] - p_v) dz/d(Wh + b)."""
     gradient = softmax.exps.div_(softmax.total[:, None]).neg_()
     gradient.scatter_add_(1, targets[:, None], torch.ones_like(softmax.total)[:, None])
     if slope is not None:
         gradient *= slope
-    if (factor := options.logit_scale / options.temperature) != 1.0:
-        gradient *= factor
+    if options.slope_factor != 1.0:
+        gradient *= options.slope_factor
     return gradient
 
 

@@ -287,8 +287,6 @@ def _launch(kernel: Any, programs: int, values: Tensor, *arguments: Any, **const
     # Every operation rounds as it is written, in both kernels that sum a sequence.
     options: dict[str, Any] = {"num_warps": config.num_warps, "enable_fp_fusion": False}
     if launch.device_of(values.device).kind == "cuda":
-        # All registers that there are: left to itself ptxas makes room for more programs than come, and spills 8 bytes
-        # of some formulas for it (Triton 3.9, sm_90, sm_100 and sm_120).
-        options["maxnreg"] = 255
+        options["maxnreg"] = config.registers  # AMD's compiler has no such option
     with torch.cuda.device_of(values):  # Triton launches on the current device
         kernel[(programs,)](values, *arguments, **constants, BLOCK=config.block, **options)
