@@ -136,7 +136,8 @@ def test_both_ways_to_read_tiles_err_at_most_twice_as_torch(
     hidden, weight, bias, targets = inputs(dtype)
     given = hidden, weight, bias if with_bias else None, targets
     assert_accurate(given, fused(*given, **model), **model)
-    assert bool(described) == (loads == "descriptors")
+    device = launch.device_of(torch.device(KERNEL_DEVICE))
+    assert bool(described) == (loads == "descriptors" and launch.fused_config(dtype, device, True).logits.descriptors)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_both_ways_to_read_tiles_err_at_most_twice_as_torch(
 )
 def test_every_tail_of_rows_vocabulary_and_hidden_size_is_right(shape: tuple[int, int, int], loads: str) -> None:
     """(150, 40, 16) has more row tiles than go side by side. The largest error of a few rows would be luck."""
-    given = inputs(torch.float32, shape)
+    given = inputs(torch.float16 if KERNEL_DEVICE == "cuda" else torch.float32, shape)  # where descriptors are for fp16
     assert_accurate(given, fused(*given, workspace_bytes=1))
 
 
@@ -224,6 +225,12 @@ def test_targets_outside_the_vocabulary_give_nan_and_spare_their_neighbours() ->
         assert ours[name][~others].isnan().all(), name
         assert torch.equal(ours[name][others], usual[name][others]), name
     assert torch.equal(ours["grad of hidden"][others], usual["grad of hidden"][others])
+
+
+def test_a_hidden_size_of_one_may_have_any_stride() -> None:
+    hidden, weight, bias, targets = inputs(shape=(N, V, 1))
+    turned = weight.as_strided((V, 1), (1, V))
+    assert_alike(fused(hidden.as_strided((N, 1), (1, N)), turned, bias, targets), fused(hidden, weight, bias, targets))
 
 
 def test_a_weight_without_contiguous_rows_is_refused_with_the_way_out() -> None:

@@ -791,6 +791,25 @@ def test_methods_that_are_unknown_or_cannot_run_are_refused(monkeypatch: pytest.
         pair_loss(*arguments, method="triton")
 
 
+@pytest.mark.parametrize("power", [1, 2, 3, 8, 9, 10, 10.0, 33, 64, -1, -2, -9])
+def test_whole_powers_of_negative_numbers_are_what_torch_makes_of_them(power: float) -> None:
+    def raised(m: Any, chosen: Any, rejected: Any) -> Any:
+        return (0.25 * (chosen - rejected)) ** power
+
+    loss = PairwiseLoss((LossTerm(raised),), BETA)
+    (ours, gradient), (expected, slope) = (call(RAGGED, loss, method) for method in ("triton", "torch"))
+    assert (expected.log_ratios[:, 0] < expected.log_ratios[:, 1]).any()
+    torch.testing.assert_close(ours.losses, expected.losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, slope, rtol=1e-12, atol=0)
+
+
+def test_a_power_beyond_64_is_refused() -> None:
+    def steep(m: Any, chosen: Any, rejected: Any) -> Any:
+        return (chosen - rejected) ** 65
+
+    refused("the formula steep has a power of 65", loss=PairwiseLoss((LossTerm(steep),), BETA), method="triton")
+
+
 def test_a_formula_that_is_not_made_of_m_is_refused_by_name() -> None:
     def clever(m: Any, chosen: Any, rejected: Any) -> Any:
         return chosen if chosen > rejected else rejected

@@ -33,7 +33,7 @@ def run(terms: tuple[LossTerm, ...], **inputs: float) -> dict[str, float]:
     """The source as plain Python, on numbers; what is not given is NaN, so that using it shows."""
     functions = {name: getattr(symbolic.symbol_math, name, None) for name in symbolic.DEVICE_FUNCTIONS}
     slopes = {slope.__name__: slope for slope in symbolic._SLOPES}
-    scope: dict[str, Any] = {"number": sp.Float, **functions, **slopes}
+    scope: dict[str, Any] = {"number": sp.Float, "whole_power": lambda x, n: x**n, **functions, **slopes}
     exec(symbolic.source(terms), scope)
     values = [sp.Float(inputs.get(name, math.nan)) for name in symbolic.INPUTS]
     return dict(zip(symbolic.OUTPUTS, map(float, scope["formula"](*values)), strict=True))

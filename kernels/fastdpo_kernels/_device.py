@@ -8,6 +8,8 @@ The state of a row's softmax runs over every column but the target's, which join
 
 So log p(target) near 0 is -log1p(others / target), exact where 1 - (1 - p) would lose every digit, and never positive.
 
+fp64 relatives of exp, tanh and log1p, for the losses, are in device_math.py.
+
 Legend: R rows, B columns of a block, V vocabulary. Everything is fp32.
 """
 

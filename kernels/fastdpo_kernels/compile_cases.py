@@ -72,16 +72,14 @@ HEAD_FACTORS = {  # method and dtype are one factor, so that a pairwise cover ha
 
 
 def head_allowed(device: launch.Device, values: Values) -> bool:
-    method, dtype = values["path"].split()
-    if device.arch == 75 and dtype == "bf16":
-        return False  # no arithmetic for it
+    method, _ = values["path"].split()
     return method != "fused" or device.has_matrix_products
 
 
 def head_beyond_pairs(values: Values) -> set[Any]:
-    """A head that trains and has a bias launches every kernel of its method: each device is to have that."""
+    """A head that trains and has a bias launches every kernel of its method: each device has that in each dtype."""
     trains = values["wants"] == Wants.ALL_GRADIENTS.name and values["bias"] == "yes"
-    return {(values["device"], values["path"].split()[0])} if trains else set()
+    return {(values["device"], values["path"])} if trains else set()
 
 
 def launch_head(values: Values) -> None:

@@ -2,7 +2,7 @@
 
 Triton has exp, log, sqrt and abs. The others are written so that they keep their digits where results are tiny and stay
 finite where arguments are large: a loss of 1e-20 is right in every digit, one at a margin of -800 is 800. Relative
-errors are a few units of 1e-16. NaN stays NaN.
+errors are a few units of 1e-16. NaN stays NaN. (The head's kernels have faster ones for fp32 blocks, in _device.py.)
 """
 
 import triton
@@ -16,6 +16,18 @@ _EXP_CAP, _LOG1MEXP_MAX = tl.constexpr(EXP_CAP), tl.constexpr(LOG1MEXP_MAX)
 @triton.jit
 def number(value: tl.constexpr):
     return tl.full((), value, tl.float64)
+
+
+@triton.jit
+def whole_power(x, n: tl.constexpr):
+    """x^n for 1 <= n < 128, by squaring."""
+    result, square = number(1.0), x
+    for bit in tl.static_range(7):
+        if (n >> bit) % 2 == 1:
+            result *= square
+        if (n >> bit) > 1:
+            square *= square
+    return result
 
 
 @triton.jit

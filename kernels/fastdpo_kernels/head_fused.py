@@ -133,12 +133,12 @@ def _arranged(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """hidden, bias and targets as the kernels read them: copies of N x D at most."""
-    if weight.stride(1) != 1:
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
         raise ValueError(
             f"method='fused' reads rows of weight, and {tuple(weight.shape)} has strides {weight.stride()}: pass "
             "weight.contiguous(), or use method='streamed'"
         )
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    hidden = hidden if hidden.stride(1) == 1 or hidden.shape[1] == 1 else hidden.contiguous()
     return hidden, None if bias is None else bias.contiguous(), targets.contiguous()
 
 
@@ -165,8 +165,9 @@ def _operands(hidden: Tensor, weight: Tensor, config: launch.MatmulConfig) -> tu
     return _operand(hidden, blocks[0], config), _operand(weight, blocks[1], config)
 
 
-def _matmul_launch(config: launch.MatmulConfig, terms: int) -> dict[str, Any]:
-    return {
+def _matmul_launch(config: launch.MatmulConfig, terms: int, device: launch.Device) -> dict[str, Any]:
+    share = {"maxnreg": config.registers} if device.kind == "cuda" else {}  # AMD's compiler has no such option
+    return share | {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
@@ -315,7 +316,7 @@ def _range_states(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     _range_states_kernel[(triton.cdiv(rows, config.block_m) * ranges,)](
         *_operands(hidden, weight, config), bias, targets, states, rows, vocabulary, hidden_size,
         hidden.stride(0), weight.stride(0), ranges, triton.cdiv(triton.cdiv(vocabulary, config.block_n), ranges),
-        **options.of_kernels, WITH_STATS=with_stats, **_matmul_launch(config, hidden_size),
+        **options.of_kernels, WITH_STATS=with_stats, **_matmul_launch(config, hidden_size, device),
         enable_fp_fusion=hidden.dtype == torch.float32,
     )  # fmt: skip
     return states
@@ -416,7 +417,7 @@ def _join_states(
 ) -> None:
     """Writes every tensor of `result`."""
     rows, hidden_size = hidden.shape
-    config = launch.fused_join(hidden_size)
+    config = launch.fused_join(hidden_size, hidden.element_size())
     _join_states_kernel[(triton.cdiv(rows, launch.FUSED_JOIN_ROWS),)](
         states, hidden, weight, bias, targets, result.logps, *result.saved, *map(result.stats.get, STATS),
         rows, weight.shape[0], hidden_size, hidden.stride(0), weight.stride(0), states.shape[0],
@@ -502,7 +503,7 @@ def _logit_gradients(
     _logit_gradients_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
         slab, *_operands(hidden, weight, config), bias, targets, factors, rows, columns, hidden_size, first,
         slab.stride(0), hidden.stride(0), weight.stride(0), factors.stride(0),
-        **options.of_kernels, **_matmul_launch(config, hidden_size),
+        **options.of_kernels, **_matmul_launch(config, hidden_size, device),
     )  # fmt: skip
 
 
@@ -574,5 +575,5 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, transposed: bool, accumu
     _multiply_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
         _operand(left, left_block, config), _operand(right, (config.block_k, config.block_n), config), out,
         rows, terms, columns, left.stride(0), right.stride(0), out.stride(0),
-        TRANSPOSED=transposed, ACCUMULATE=accumulate, **_matmul_launch(config, terms),
+        TRANSPOSED=transposed, ACCUMULATE=accumulate, **_matmul_launch(config, terms, device),
     )  # fmt: skip

@@ -67,7 +67,7 @@ def backward(
             grad_bias += upstream @ gradient
         gradient = gradient.to(weight.dtype)
         if grad_hidden is not None:
-            grad_hidden[chunk] = torch.mm(gradient, weight) * upstream[:, None].to(hidden.dtype)
+            torch.mul(torch.mm(gradient, weight), upstream[:, None], out=grad_hidden[chunk])  # rounded once
         if grad_weight is not None:  # the C x D hidden chunk takes the upstream factor, not the C x V gradient
             scaled = (hidden[chunk] * upstream[:, None]).to(weight.dtype)
             grad_weight += gradient.T @ scaled

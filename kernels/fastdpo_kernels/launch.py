@@ -37,8 +37,8 @@ class Device:
 
     @property
     def has_matrix_products(self) -> bool:
-        """Whether Triton's tl.dot reaches matrix units: it dropped Turing's (sm_75) in 3.3."""
-        return self.kind == "interpreter" or (self.compiles and self.arch != 75)
+        """Whether Triton's tl.dot reaches matrix units: it dropped Volta's and Turing's in 3.3."""
+        return self.kind == "interpreter" or (self.compiles and (isinstance(self.arch, str) or self.arch >= 80))
 
 
 # By architecture, from NVIDIA's and AMD's programming guides.
@@ -229,6 +229,13 @@ class MatmulConfig:
     descriptors: bool = False  # tensor descriptors (TMA) in place of pointers
     resident: int = 1  # programs that a multiprocessor holds at a time, by their registers and shared memory
 
+    @property
+    def registers(self) -> int:
+        """A thread's at most, so that `resident` programs share the 65536 of a multiprocessor. Left to itself ptxas
+        makes room for a third program where two fit, and spills for it (fp32 on sm_100, Triton 3.9).
+        """
+        return min(255, 65536 // (32 * self.num_warps * self.resident) // 8 * 8)
+
 
 # ---- the LM head, fused
 
@@ -270,8 +277,8 @@ _ON_SM90 = FusedConfig(
     few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, descriptors=True, resident=2),
 )
 _ON_SM100 = FusedConfig(  # 64 rows are half of what its matrix unit takes, and their layout spills
-    logits=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
-    few_logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64, descriptors=True, resident=2),
+    logits=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=32, descriptors=True),
+    few_logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=32, descriptors=True, resident=2),
     gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
     few_gradients=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64, descriptors=True, resident=2),
 )
@@ -290,7 +297,7 @@ _UNALIGNED = FusedConfig(*[MatmulConfig(64, 64, 32, num_warps=8, num_stages=2, e
 # No matrix units for fp32 with all its digits on NVIDIA: 64 x 128 is 21 FLOP of each byte from the L2 cache, where 67
 # TFLOP/s (H200) need 3 TB/s. For few rows 16, as 64 would make a product bound by arithmetic, not by reading W.
 _IN_FP32 = FusedConfig(
-    logits=MatmulConfig(64, 128, 16, num_warps=8, num_stages=2, epilogue=128, resident=2),
+    logits=MatmulConfig(64, 128, 16, num_warps=8, num_stages=2, epilogue=64, resident=2),
     few_logits=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
     gradient=MatmulConfig(64, 128, 16, num_warps=8, num_stages=2, epilogue=128, resident=2),
     few_gradients=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
@@ -332,9 +339,11 @@ def fused_gradient(rows: int, columns: int, dtype: torch.dtype, device: Device, 
     return config.gradient if tiles >= device.multiprocessors else config.few_gradients
 
 
-def fused_join(hidden_size: int) -> RowConfig:
-    """The target's dot, 512 terms of FUSED_JOIN_ROWS rows at a time: 16 KB of bf16 on the way (unmeasured)."""
-    return RowConfig(block=min(512, max(16, 1 << (hidden_size - 1).bit_length())), num_warps=4)
+def fused_join(hidden_size: int, itemsize: int) -> RowConfig:
+    """The target's dot, 1 KB of FUSED_JOIN_ROWS rows of hidden and of W at a time: 16 KB on the way (unmeasured). 2 KB
+    of fp32 spill on sm_90 (Triton 3.6).
+    """
+    return RowConfig(block=min(1024 // itemsize, max(16, 1 << (hidden_size - 1).bit_length())), num_warps=4)
 
 
 @lru_cache(maxsize=4096)  # 0.1 to 0.3 ms of host time for few rows

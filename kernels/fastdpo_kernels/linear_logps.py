@@ -59,7 +59,8 @@ def linear_logps(
     hidden, weight and bias, each where it requires a gradient. Results are fp32 (fp64 for fp64 input).
 
     `method` is one of METHODS; "auto" takes what `fastdpo_kernels.launch` has for the shape, dtype and device.
-    `workspace_bytes` bounds what is allocated beside results and gradients; unset, it follows the device's memory.
+    `workspace_bytes` bounds what is allocated beside results and gradients; unset, it follows the device's memory. A
+    weight of another dtype than `hidden` is copied besides, in each forward and each recomputing backward.
 
     A target outside [0, V) raises on the CPU, and with FASTDPO_DEBUG=1 in the environment everywhere (that waits for
     the device); otherwise the kernels make its log-prob NaN, and plain torch on a GPU stops with its own assertion.
@@ -67,6 +68,8 @@ def linear_logps(
     Raises ValueError for shapes that do not fit, an unknown statistic or method, a method that this dtype or device
     does not have, and (see above) targets.
     """
+    if not isinstance(stats, str):
+        stats = tuple(stats)
     _check(hidden, weight, targets, bias, stats, method)
     _check_scales(softcap, temperature)
     device = hidden.device.type

@@ -27,7 +27,7 @@ from fastdpo_kernels.pair_loss import LossTerm, PairwiseLoss, chosen_tokens_per_
 
 # The device function of a weighted list of losses
 
-_CALLABLE = {name: getattr(device_math, name) for name in ("number", *symbolic.DEVICE_FUNCTIONS)}
+_CALLABLE = {name: getattr(device_math, name) for name in ("number", "whole_power", *symbolic.DEVICE_FUNCTIONS)}
 _device_functions: dict[tuple, tuple[Any, Sequence[LossTerm]]] = {}
 
 

@@ -109,6 +109,7 @@ _FUNCTIONS = (
     _function("capped_exp", _capped_exp, "e^{{{0}}}", lambda m, x: m.exp(m.minimum(x, EXP_CAP))),
 )
 symbol_math = SimpleNamespace(**{function.__name__: function for function in _FUNCTIONS})
+MOST_POWER = 64  # whole powers are products
 DEVICE_FUNCTIONS = tuple(function.__name__ for function in (*_FUNCTIONS, *_SLOPES))  # names that the source may call
 
 
@@ -126,6 +127,9 @@ def trace(formula: Callable[..., Any], *arguments: Any, **hyper: Any) -> sp.Expr
         raise ValueError(f"{_name(formula)} returned {type(value).__name__}, expected a value. {_HOW_TO_WRITE}")
     if unknown := {call.func.__name__ for call in value.atoms(sp.Function)} - set(DEVICE_FUNCTIONS):
         raise ValueError(f"{_name(formula)} uses {', '.join(sorted(unknown))}. {_HOW_TO_WRITE}")
+    whole = [int(power.exp) for power in value.atoms(sp.Pow) if power.exp.is_Number and float(power.exp).is_integer()]
+    if max(map(abs, whole), default=0) > MOST_POWER:
+        raise ValueError(f"{_name(formula)} has a power of {max(whole, key=abs)}, expected up to {MOST_POWER}")
     if value.has(sp.nan, sp.zoo, sp.oo, -sp.oo, sp.I):
         raise ValueError(f"{_name(formula)} is {value} with {hyper}: a hyper-parameter is outside what it is made for")
     return value
@@ -134,7 +138,7 @@ def trace(formula: Callable[..., Any], *arguments: Any, **hyper: Any) -> sp.Expr
 _HOW_TO_WRITE = (
     "A formula is called with symbols to be differentiated and compiled, so write it with +, -, *, /, ** and the "
     f"functions of m ({', '.join(sorted(vars(symbol_math)))}); where it would ask `if` of a value, use m.relu, "
-    "m.minimum or m.maximum."
+    "m.minimum or m.maximum; what is raised to a power that is no whole number has to be above 0."
 )
 
 
@@ -212,7 +216,7 @@ def _sides(term: LossTerm) -> list[sp.Expr]:
 
 
 def source(terms: Sequence[LossTerm]) -> str:
-    """Python source of `formula(*INPUTS) -> OUTPUTS`, calling DEVICE_FUNCTIONS and `number`."""
+    """Python source of `formula(*INPUTS) -> OUTPUTS`, calling DEVICE_FUNCTIONS, `number` and `whole_power`."""
     with distribute(False):
         shared, results = sp.cse(expressions(terms), symbols=sp.numbered_symbols("t", real=True))
         lines = [f"{symbol} = {_code(value)}" for symbol, value in shared]
@@ -252,11 +256,11 @@ def _is_divisor(factor: Any) -> bool:
 
 
 def _power(base: Any, exponent: Any) -> str:
-    """Whole powers are products, as torch's are; a base under any other power has to be positive."""
+    """Whole powers are products, so that the base may be negative; under any other power it has to be positive."""
     if exponent.is_Number and exponent < 0:
         return f"(1.0 / {_code(base**-exponent)})"
-    if exponent.is_Number and float(exponent).is_integer() and exponent <= 8:
-        return "(" + " * ".join([_code(base)] * int(exponent)) + ")"
+    if exponent.is_Number and float(exponent).is_integer():
+        return f"whole_power({_argument(base)}, {int(exponent)})"
     if exponent == 0.5:
         return f"sqrt({_argument(base)})"
     logarithm = repr(math.log(base)) if base.is_Number else f"log({_code(base)})"
