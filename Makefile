@@ -5,7 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check gpu gpu-tests gpu-kernels gpu-step compile-report format clean
+GPU_STEPS_8B := gpu-step-8b-hh-rlhf gpu-step-8b-helpsteer gpu-step-8b-ultrafeedback
+GPU_TESTS := $(addprefix gpu-tests-,gpu memory linear_logps head_fused pair_loss)
+GPU_STAGES := gpu-tests gpu-kernels gpu-step $(GPU_STEPS_8B) gpu-parts gpu-trace
+
+.PHONY: demo test check gpu $(GPU_STAGES) $(GPU_TESTS) gpu-step-8b compile-report format clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastdpo demo
@@ -18,25 +22,42 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The tests and benchmarks that need a CUDA device; without one they say so and end. A part that fails does not keep the
-# next from running, but fails the whole. Uses .venv where it is, else python3. COMMIT=... says which code this is where it
-# was copied without its repository.
-#
-# Meant to end within 9 minutes, by count: tests 2, kernels 4 at most (KERNEL_SECONDS and half a minute to start), step 3.
+# The tests and benchmarks that need a CUDA device; without one they say so and end. Each stage runs alone and ends within
+# 9 minutes: KERNEL_SECONDS and STEP_SECONDS are what its contenders may take, and `timeout` ends what hangs. A stage that
+# fails does not keep the next from running, but fails the whole. Uses .venv where it is, else python3. COMMIT=... says
+# which code this is where it was copied without its repository; UNSLOTH=... names a folder with Unsloth and the packages
+# it needs, where it is not installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-KERNEL_SECONDS ?= 210
-gpu-tests gpu-kernels gpu-step: export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+GPU_RUN := timeout --kill-after=10 530 $(GPU_PYTHON) -m
+FROM := $(if $(COMMIT),--commit $(COMMIT))
+KERNEL_SECONDS ?= 420
+STEP_SECONDS ?= 500
+STEP := $(GPU_RUN) benchmarks step --device cuda --tune --epochs 2 $(FROM) $(if $(UNSLOTH),--unsloth $(UNSLOTH))
+$(GPU_STAGES) $(GPU_TESTS): export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
-	$(MAKE) --keep-going --jobs=1 gpu-tests gpu-kernels gpu-step
+	$(MAKE) --keep-going --jobs=1 $(GPU_STAGES)
 
 gpu-tests:
-	$(GPU_PYTHON) -m pytest -m "gpu or kernels" -rs
+	$(MAKE) --keep-going --jobs=5 --output-sync=target $(GPU_TESTS)
+
+# Compiling takes most of the time: files go side by side.
+$(GPU_TESTS): gpu-tests-%:
+	$(GPU_RUN) pytest tests/test_$*.py -m "gpu or kernels" -rs
 
 gpu-kernels:
-	$(GPU_PYTHON) -m benchmarks kernels --device cuda --seconds $(KERNEL_SECONDS) $(if $(COMMIT),--commit $(COMMIT))
+	$(GPU_RUN) benchmarks kernels --device cuda --seconds $(KERNEL_SECONDS) $(FROM)
 
 gpu-step:
-	$(GPU_PYTHON) -m benchmarks step --device cuda $(if $(COMMIT),--commit $(COMMIT))
+	$(STEP) --model llama-3.2-1b --seconds $(STEP_SECONDS)
+
+gpu-step-8b:
+	$(MAKE) --keep-going --jobs=1 $(GPU_STEPS_8B)
+
+$(GPU_STEPS_8B): gpu-step-8b-%:
+	$(STEP) --model llama-3.1-8b --profile $* --seconds $(STEP_SECONDS)
+
+gpu-parts gpu-trace: gpu-%:
+	$(GPU_RUN) benchmarks $* --device cuda --model llama-3.1-8b $(FROM)
 
 # What the compiler makes of every kernel, for every architecture and in every configuration; no GPU takes part.
 compile-report: $(INSTALLED)

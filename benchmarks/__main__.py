@@ -1,38 +1,53 @@
-"""`python -m benchmarks step` and `kernels` measure, `table` writes the tables of README.md again."""
+"""`python -m benchmarks step`, `parts`, `trace` and `kernels` measure, `table` writes the tables of README.md again."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
 import sys
 from pathlib import Path
 
-from benchmarks import kernels, step, table
+from benchmarks import kernels, parts, step, table, trace
 from benchmarks.device import CPU, DEVICES
+from benchmarks.models import MODELS
+from benchmarks.workload import PROFILES
+
+WATCHED = {"parts": parts, "trace": trace}
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     run = commands.add_parser("step", help="fastdpo against TRL 1.16 on the same rows")
-    defaults = ", ".join(f"{device.name} {device.pairs}" for device in DEVICES.values())
-    run.add_argument("--pairs", type=int, help=f"rows, a multiple of --batch (default: {defaults})")
     run.add_argument("--epochs", type=int, default=3, help="reported beside one epoch (default %(default)s)")
-    run.add_argument("--batch", type=int, default=8, help="pairs an optimizer step (default %(default)s, TRL's)")
-    run.add_argument("--repeat", type=int, default=1, help="runs of each, medians reported (default %(default)s)")
-    run.add_argument("--tune", action="store_true", help="search TRL's fastest settings again before measuring")
+    run.add_argument("--tune", action="store_true", help="search TRL's fastest settings first")
+    run.add_argument("--unsloth", type=Path, help="folder with unsloth and the packages it needs, where not installed")
+    share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
+    view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
     race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
-    race.add_argument("--seconds", type=float, help="after them no further contender gets its turn")
-    for name, command in (("step", run), ("kernels", race)):
-        command.add_argument(
-            "--device", choices=list(DEVICES), default=CPU.name, help="default %(default)s; cuda: one GPU"
-        )
+    for command in (run, share, view):
+        command.add_argument("--model", choices=list(MODELS), help="default: " + _defaults("model"))
+        command.add_argument("--profile", choices=list(PROFILES), default="hh-rlhf", help="default %(default)s")
+        command.add_argument("--pairs", type=int, help="rows, a multiple of --batch; default: by model and profile")
+        command.add_argument("--batch", type=int, default=8, help="pairs an optimizer step (default %(default)s)")
+    run.add_argument("--repeat", type=int, default=1, help="runs of each, medians reported (default %(default)s)")
+    share.add_argument("--repeat", type=int, default=3, help="measurements, medians reported (default %(default)s)")
+    for command in (run, race):
+        command.add_argument("--seconds", type=float, help="after them no further contender gets its turn")
+    for command in (run, share, view, race):
+        command.add_argument("--device", choices=list(DEVICES), default=CPU.name, help="default %(default)s")
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default %(default)s)")
         command.add_argument("--commit", help="of this code, where it was copied without its repository")
-        command.add_argument("--output", type=Path, help=f"default: {table.RESULTS}/{name}-DEVICE.json")
-    write = commands.add_parser("table", help="write the tables of benchmarks/README.md from results/*.json")
+        command.add_argument("--output", type=Path, help=f"default: a file in {table.RESULTS}")
+    write = commands.add_parser("table", help="write the tables of both README.md from results/*.json")
     write.add_argument("--check", action="store_true", help="write nothing; exit 1 where the tables differ")
     return top
+
+
+def _defaults(field: str) -> str:
+    return ", ".join(f"{device.name} {getattr(device, field)}" for device in DEVICES.values())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,21 +55,44 @@ def main(arguments: list[str] | None = None) -> int:
     options = commands.parse_args(arguments)
     if options.command == "table":
         return table.main(options.check)
-    if options.output is None:
-        options.output = table.RESULTS / f"{options.command}-{options.device}.json"
     if options.command == "kernels":
+        options.output = options.output or table.RESULTS / f"kernels-{options.device}.json"
         return kernels.main(options)
-    if options.pairs is None:
-        options.pairs = DEVICES[options.device].pairs
+    _complete(options)
     for name in ("pairs", "epochs", "batch", "repeat", "threads"):
-        if getattr(options, name) < 1:
+        if getattr(options, name, 1) < 1:
             commands.error(f"--{name} is {getattr(options, name)}, expected at least 1")
     if options.pairs % options.batch:
         commands.error(
             f"--pairs {options.pairs} is not a multiple of --batch {options.batch}: TRL weighs a last, smaller step "
             "differently, so the curves could not be compared"
         )
-    return step.main(options)
+    return step.main(options) if options.command == "step" else _watch(options)
+
+
+def _complete(options: argparse.Namespace) -> None:
+    """What depends on other options, where it was not given."""
+    device = DEVICES[options.device]
+    options.model = options.model or device.model
+    if options.pairs is None:
+        options.pairs = step.rows_for(device, MODELS[options.model], PROFILES[options.profile], max(options.batch, 1))
+    name = table.file_name(options.command, options.device, options.model, options.profile)
+    options.output = options.output or table.RESULTS / name
+
+
+def _watch(options: argparse.Namespace) -> int:
+    """Measures in this process, writes the JSON, prints the table."""
+    for name, value in DEVICES[options.device].environment.items():
+        os.environ.setdefault(name, value)
+    logging.disable(logging.WARNING)
+    module = WATCHED[options.command]
+    if (result := module.main(options)) is not None:
+        text = json.dumps(result, indent=1) + "\n"
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text)
+        print(module.render(json.loads(text)))
+        print(f"written to {options.output}")
+    return 0
 
 
 if __name__ == "__main__":

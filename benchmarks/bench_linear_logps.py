@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import CONTENDERS, Unavailable, Way
+from benchmarks.contenders import AIMED_AT, CONTENDERS, Unavailable, Way
 from benchmarks.device import DEVICES, Device, KernelBench
 from benchmarks.heads import Head, errors, make_head
 from benchmarks.measure import Call, Meter
@@ -32,13 +32,17 @@ class Turn:
 
 
 def turns(bench: KernelBench) -> list[Turn]:
-    """All contenders one after the other, then all of them again."""
+    """Contenders of a group one after the other, then all of them again; the peers that aims are about come first,
+    should time run out.
+    """
+    groups = [[name for name in CONTENDERS if (name in AIMED_AT) == first] for first in (True, False)]
     return [
         Turn(shape, wants, contender, lap)
+        for group in groups
         for shape in bench.heads
         for wants in (FORWARD, FROZEN_HEAD, TRAINED_HEAD)
         for lap in range(bench.laps)
-        for contender in CONTENDERS
+        for contender in group
     ]
 
 
@@ -123,11 +127,12 @@ def timed_call(way: Way, head: Head, wants: str) -> Call:
     upstreams = {dtype: (way.sign * head.upstream).to(dtype) for dtype in {torch.float32, head.hidden.dtype}}
 
     def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), way.around():
             return (way.compute(hidden, weight, head.targets),)
 
     def both() -> tuple[Tensor, ...]:
-        values = way.compute(hidden, weight, head.targets)
-        return (values.detach(), *torch.autograd.grad(values, leaves, upstreams[values.dtype]))
+        with way.around():
+            values = way.compute(hidden, weight, head.targets)
+            return (values.detach(), *torch.autograd.grad(values, leaves, upstreams[values.dtype]))
 
     return both if leaves else forward

@@ -18,8 +18,9 @@ What each does, from its source (N rows, V vocabulary, D hidden size):
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -45,6 +46,7 @@ class Way:
     path: str  # which of its code runs on this device
     version: str  # of its package; empty for fastdpo, which the commit stands for
     sign: int = 1  # -1: it returns negative log-probs
+    around: Callable[[], AbstractContextManager[None]] = nullcontext  # what a call, backward included, runs in
 
 
 def _imported(module: str, package: str) -> tuple[Any, str]:
@@ -85,6 +87,31 @@ def torch_cross_entropy(head: Head) -> Way:
 
     dtype = str(head.hidden.dtype).removeprefix("torch.")
     return Way(compute, f"eager, logits and log-probs in {dtype}", torch.__version__, sign=-1)
+
+
+def fastdpo_pointers(head: Head) -> Way:
+    """The fused method without tensor descriptors, on a GPU that it takes them on."""
+    from fastdpo_kernels import launch
+
+    way = fastdpo(head, "fused")
+    usual = launch.fused_config
+    device = launch.device_of(head.hidden.device)
+    if not usual(head.hidden.dtype, device, True).logits.descriptors:
+        raise Unavailable("fused takes pointers here by itself")
+
+    def without_descriptors(*given: Any) -> launch.FusedConfig:
+        config = usual(*given)
+        return launch.FusedConfig(*(replace(getattr(config, one.name), descriptors=False) for one in fields(config)))
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        launch.fused_config = without_descriptors
+        try:
+            yield
+        finally:
+            launch.fused_config = usual
+
+    return replace(way, path=f"{way.path}, tiles by pointers", around=around)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -189,6 +216,7 @@ CONTENDERS: dict[str, Callable[[Head], Way]] = {
     "fastdpo streamed": partial(fastdpo, method="streamed"),
     "fastdpo streamed, 64 MiB": partial(fastdpo, method="streamed", workspace_bytes=2**26),  # an 8 GB card's
     "fastdpo fused": partial(fastdpo, method="fused"),
+    "fastdpo fused, pointers": fastdpo_pointers,
     "fastdpo torch": partial(fastdpo, method="torch"),
     "torch cross_entropy": torch_cross_entropy,
     "torch log_softmax": torch_log_softmax,
@@ -203,6 +231,8 @@ CONTENDERS: dict[str, Callable[[Head], Way]] = {
     "CCE": cut_cross_entropy,
     "CCE, filter_eps=None": partial(cut_cross_entropy, filter_eps=None),
 }
+# Whom the aims compare; these have their turns at every shape before the others have any.
+AIMED_AT = ("fastdpo streamed", "fastdpo streamed, 64 MiB", "fastdpo fused", "TRL chunked", "Liger FLCE", "Liger FLSCE")
 OWN = "fastdpo"  # contenders whose failure is an error
 
 

@@ -7,9 +7,11 @@ The process that starts the runs reads this file, so torch is imported inside of
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -19,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.roofline import FORWARD, FROZEN_HEAD, TRAINED_HEAD
-from benchmarks.workload import MAX_LENGTH, VOCABULARY
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,6 +48,25 @@ class Aim:
     contender: str
     what: str  # of kernel_table.QUANTITIES
     most: float
+    than: str = ""  # the contender of whose quantity it is a share
+
+
+@dataclass(frozen=True)
+class StepAim:
+    """What a ratio or share of the step benchmark is to reach."""
+
+    quantity: str  # a ratio's name, or what it begins with: over whatever span, then
+    bound: float
+    larger: bool  # is better
+    model: str
+    profiles: tuple[str, ...]
+    gpu: str | None = None  # on this one only
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.larger else value <= self.bound
+
+    def __str__(self) -> str:
+        return f"{'>=' if self.larger else '<='} {self.bound}"
 
 
 @dataclass(frozen=True)
@@ -75,20 +95,25 @@ class KernelBench:
 class Device:
     """One kind of machine: what runs there, how it is read, and what is said of it."""
 
-    name: str  # of --device and of results/step-NAME.json
+    name: str  # of --device and of results/
     title: str
     place: str  # where torch builds the model
-    shape: Mapping[str, int]  # of the Llama that trains, as LlamaConfig's fields
+    model: str  # of models.MODELS, unless --model says otherwise
     dtype: str  # of the frozen weights
     settings: Mapping[str, Any]  # fields of both trainers' DPOConfig
-    learning_rate: float
-    pairs: int  # unless --pairs says otherwise
-    tuned_micro_batch: int  # pairs a micro-batch of TRL tuned, of an optimizer batch of 8
+    work: float  # parameters x packed tokens of an epoch, which give the rows unless --pairs does
+    most_pairs: int
+    warm_up: bool  # one step of the longest rows before the clock starts: what is loaded and compiled once
+    counts: bool  # FLOPs in runs of their own; else by formula, which the counts hold
+    contenders: tuple[str, ...]  # of step.py's, in the order of their turns
+    tuned_micro_batch: int | None  # pairs of TRL tuned, of an optimizer batch of 8; None: what memory has room for
+    tuned_precompute: bool
     trl_default_epochs: int | None  # after which it may stop, because later ones cost the same; None: never
     head_skips_rows: bool  # TRL's LM head leaves out the rows it need not score by itself
     later_epochs: bool  # whether they are reported apart from the first one too
     tolerances: Tolerances
-    aims: Mapping[str, tuple[float, bool]]  # ratio -> (aim, whether larger is better)
+    aims: tuple[StepAim, ...]
+    parts_aim: float | None  # a step over the sum of its parts, at most
     time_limit: float | None  # seconds of one run, imports included
     environment: Mapping[str, str]  # of a run, where the caller's has no other value
     find: Callable[[], dict[str, Any] | None]  # the machine in words and numbers, None where it has no such device
@@ -96,7 +121,6 @@ class Device:
     restart_peak: Callable[[], None]
     peak_memory: Callable[[], int]  # bytes, the most since restart_peak
     notes: tuple[str, ...]  # of its table alone
-    unmeasured: str  # what its table will hold
     kernels: KernelBench
 
 
@@ -152,6 +176,8 @@ def _synchronize() -> None:
 def _restart_peak_allocated() -> None:
     import torch
 
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
 
@@ -165,22 +191,24 @@ CPU = Device(
     name="cpu",
     title="the CPU",
     place="cpu",
-    shape={  # 20M parameters with a trunk larger than the head, as real models have; grouped queries as in Llama 3
-        "vocab_size": VOCABULARY,
-        "hidden_size": 256,
-        "intermediate_size": 704,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": MAX_LENGTH,
-    },
+    model="20m",
     dtype="float32",
     settings={"use_cpu": True, "bf16": False},
-    learning_rate=3e-4,  # high for a preference run, so that a few steps move the loss and equal curves mean something
-    pairs=16,
+    work=8e10,  # 16 pairs of 20M parameters as long as HH-RLHF's
+    most_pairs=512,
+    warm_up=False,
+    counts=True,
+    contenders=(
+        "fastdpo",
+        "TRL default",
+        "TRL tuned",
+        "TRL default, response rows only",
+        "TRL tuned, response rows only",
+    ),
     # Seconds of one epoch (16 pairs, one run each, 1 thread on a shared 2-core Xeon, 2026-11-22): 1: 30.0, 2: 30.2,
     # 4: 34.0, 8: 72.6; 2 with the reference online: 28.0. `--tune` measures them again and takes the fastest.
     tuned_micro_batch=2,
+    tuned_precompute=True,
     trl_default_epochs=1,
     head_skips_rows=False,
     later_epochs=False,
@@ -192,13 +220,14 @@ CPU = Device(
         least_movement=2e-3,
         why="That is fp32 rounding, grown over a few steps of AdamW.",
     ),
-    aims={
-        "speed of fastdpo / TRL default": (2.5, True),
-        "speed of fastdpo / TRL tuned": (1.6, True),
-        "FLOPs of fastdpo / TRL default, 1 epoch": (0.32, False),
-        "FLOPs of fastdpo / TRL default, 3 epochs": (0.23, False),
-        "peak memory of fastdpo / TRL default": (0.6, False),
-    },
+    aims=(
+        StepAim("speed of fastdpo / TRL default", 2.5, True, "20m", ("hh-rlhf",)),
+        StepAim("speed of fastdpo / TRL tuned", 1.8, True, "20m", ("hh-rlhf",)),
+        StepAim("FLOPs of fastdpo / TRL default, 1 epoch", 0.32, False, "20m", ("hh-rlhf",)),
+        StepAim("FLOPs of fastdpo / TRL default, 3 epochs", 0.23, False, "20m", ("hh-rlhf",)),
+        StepAim("peak memory of fastdpo / TRL default", 0.6, False, "20m", ("hh-rlhf",)),
+    ),
+    parts_aim=None,
     time_limit=None,
     environment={},
     find=_processor,
@@ -208,10 +237,9 @@ CPU = Device(
     notes=(
         "TRL scores every position through the LM head where it has no Triton, padding and prompt included; on a GPU "
         "it skips them. `response rows only` is TRL told to skip them here too: times and memory measured, FLOPs by "
-        "taking the head's products with the other rows off the count.",
+        "formula.",
         "Memory is the most that the run's process had resident.",
     ),
-    unmeasured="a training step of a small Llama in fp32 against TRL 1.16, default and tuned",
     kernels=KernelBench(
         heads=((256, 4096, 256), (512, 16_000, 256)),
         dtype="float32",
@@ -238,33 +266,52 @@ H200_AIMS = (
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FORWARD, "fastdpo streamed", "ms", 1.10 * 11.4),
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed", "ms", 1.10 * 22.8),
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, TRAINED_HEAD, "fastdpo streamed", "ms", 1.15 * 45),
+    *(
+        Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed", "ms", 1 / 1.4, than)
+        for than in ("TRL chunked", "Liger FLCE", "Liger FLSCE")
+    ),
+    Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FORWARD, "fastdpo fused", "MB beside results", 10),
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed", "MB beside results", 300),
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed, 64 MiB", "MB beside results", 70),
     Aim("NVIDIA H200", "pair_loss", (64,), "sigmoid, forward", "fastdpo triton", "launches", 1),
     Aim("NVIDIA H200", "pair_loss", (64,), "sigmoid, forward and backward", "fastdpo triton", "GPU µs", 15),
 )
 
+_8B = "llama-3.1-8b"
+_ALL_8B = ("hh-rlhf", "helpsteer", "ultrafeedback")
+H200_STEP_AIMS = (
+    StepAim("speed of fastdpo / TRL default, 1 epoch", 2.5, True, _8B, ("hh-rlhf", "helpsteer"), "NVIDIA H200"),
+    StepAim("speed of fastdpo / TRL tuned, 1 epoch", 1.8, True, _8B, ("hh-rlhf", "helpsteer"), "NVIDIA H200"),
+    StepAim("speed of fastdpo / TRL default, 1 epoch", 2.0, True, _8B, ("ultrafeedback",), "NVIDIA H200"),
+    StepAim("speed of fastdpo / TRL tuned, 1 epoch", 1.4, True, _8B, ("ultrafeedback",), "NVIDIA H200"),
+    StepAim("MFU of fastdpo, 1 epoch", 0.5, True, _8B, _ALL_8B, "NVIDIA H200"),
+    StepAim("memory added by training, fastdpo leanest / TRL default", 0.5, False, _8B, _ALL_8B, "NVIDIA H200"),
+    StepAim("speed of fastdpo leanest / TRL default, 1 epoch", 1.0, True, _8B, _ALL_8B, "NVIDIA H200"),
+)
+
 CUDA = Device(
     name="cuda",
     title="a GPU",
     place="cuda",
-    shape={  # Llama-3.2-1B's, with random weights
-        "vocab_size": 128_256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": MAX_LENGTH,
-    },
+    model="llama-3.2-1b",
     dtype="bfloat16",
     settings={"bf16": True},
-    # 16 layers 512 wide, bf16 on a CPU, 2026-11-22: when pairs come a second time their loss is 0.62 from lr 3e-5, 0.35
-    # from 1e-4, 0.13 from 3e-4. What a step does grows about as the width; a loss near 0 would compare nothing.
-    learning_rate=3e-5,
-    pairs=64,
-    tuned_micro_batch=8,  # by count, not measured: 4 scores 12% fewer positions of sorted rows in twice as many passes
-    trl_default_epochs=None,  # a first epoch of seconds holds what starting costs, so later ones are not like it
+    work=2.5e14,  # 128 pairs of 8B parameters as long as HH-RLHF's: 1.5 PFLOP, some seconds
+    most_pairs=512,
+    warm_up=True,
+    counts=False,
+    contenders=(
+        "fastdpo",
+        "TRL default",
+        "TRL tuned",
+        "fastdpo leanest",
+        "TRL tuned, other reference",
+        "TRL tuned, Liger",
+        "Unsloth",
+    ),
+    tuned_micro_batch=None,
+    tuned_precompute=False,  # hashing 16 GB of weights takes longer than a short epoch's reference
+    trl_default_epochs=1,
     head_skips_rows=True,
     later_epochs=True,
     tolerances=Tolerances(
@@ -280,24 +327,29 @@ CUDA = Device(
         "in another order and more steps of AdamW come on top. Curves that left ln 2 by less than three times what is "
         "forgiven do not count as equal.",
     ),
-    aims={},
-    time_limit=150.0,
+    aims=H200_STEP_AIMS,
+    parts_aim=1.03,
+    time_limit=180.0,
     environment={"CUDA_VISIBLE_DEVICES": "0"},  # TRL refuses a process that sees several
     find=_graphics_processor,
     wait=_synchronize,
     restart_peak=_restart_peak_allocated,
     peak_memory=_peak_allocated,
     notes=(
-        "The clock waits for the GPU at every reading. The first epoch holds what starting costs (kernels loaded or "
-        "compiled, memory asked for) and what precedes training (TRL tuned hashes its weights on the CPU and "
-        "precomputes the reference); `later epochs` hold neither.",
-        "TRL's LM head skips the rows that it need not score. Its products go through cuBLAS and are counted; its "
-        "Triton kernels multiply no matrices.",
-        "Memory is the most that torch had allocated on the GPU, the model's weights included.",
-    ),
-    unmeasured=(
-        "a training step of Llama-3.2-1B's shape in bf16, time and peak memory, against TRL 1.16, default and tuned "
-        "(`make gpu`, or `python -m benchmarks step --device cuda`, on a machine with an NVIDIA GPU)"
+        "Before the clock starts each run takes one step of its longest rows with another model, so that kernels are "
+        "loaded and compiled; the clock waits for the GPU at every reading. What precedes training (tokenization, "
+        "adapters, probes; a precomputed reference, for which TRL hashes its weights on the CPU) is part of the first "
+        "epoch; `later epochs` do not hold it.",
+        "TRL gets the model in bf16 too; given its name it would load fp32. Its LM head skips the rows that it need "
+        "not score. FLOPs are by formula, which counted runs on a CPU hold to 1%.",
+        "Memory is the most that torch had allocated on the GPU, the model's weights included; added MiB is what is "
+        "beyond them.",
+        "fastdpo leanest: gradient checkpointing and micro-batches of 2048 tokens. Reading an 8B model's weights "
+        "takes a GPU as long as computing some 200 tokens, so 2048 still run at nearly full speed; a longer pair goes "
+        "alone.",
+        "TRL tuned, other reference: the same with the reference precomputed where TRL tuned runs it online, or the "
+        "other way around. TRL tuned, Liger: the same with Liger's layer kernels. Unsloth: as it comes, its own "
+        "checkpointing on.",
     ),
     kernels=KernelBench(
         heads=(_LLAMA_3_8B, (8192, 151_936, 3584), (2048, 128_256, 4096), (4096, 32_000, 4096)),
@@ -326,6 +378,18 @@ CUDA = Device(
 )
 
 DEVICES = {device.name: device for device in (CPU, CUDA)}
+
+
+def step_aim(result: Mapping[str, Any], quantity: str) -> StepAim | None:
+    """The aim of one of a result's ratios, where it has one."""
+    anywhere = re.sub(r", (\d+ epochs?|later epochs)$", "", quantity)
+    for aim in DEVICES[result["device"]].aims:
+        here = result["model"] == aim.model and result["profile"] in aim.profiles
+        here = here and aim.gpu in (None, result["machine"].get("gpu"))
+        if here and aim.quantity in (quantity, anywhere):
+            return aim
+    return None
+
 
 if __name__ == "__main__":
     print(json.dumps(_first_cuda_device()))

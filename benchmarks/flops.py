@@ -1,53 +1,126 @@
-"""Floating-point operations of a step, counted and by arithmetic.
+"""Floating-point operations of a step: counted, by formula, and what is needed at least.
 
-Two independent answers that must agree: `counter()` watches every operation torch runs, `formula_flops` multiplies out
-what the packed, prefix-shared step should cost. Both count a multiply-add as two and attention as full rectangles of
-queries x keys, as torch's counter does, whether or not a kernel skips the causal half.
+Two independent answers that must agree: `counter()` watches every operation torch runs, `packed_flops` and
+`padded_flops` multiply out what fastdpo's and TRL's step should cost. Both count a multiply-add as two and attention as
+full rectangles of queries x keys, its backward as five products for two, as torch's counter does, whether or not a
+kernel skips the causal half. A bias is no product and counts nothing.
+
+`needed_flops` is what MFU goes by, for every contender alike: the prompt once, nothing computed twice, the causal half
+of attention only.
 
 D hidden, V vocabulary, r LoRA rank, T tokens a pair (prompt once), N response tokens a pair.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.workload import PairLengths, layer_linears
+from benchmarks.models import Model
+from benchmarks.workload import PairLengths
 
 if TYPE_CHECKING:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import LlamaConfig
 
 
-def formula_flops(pairs: list[PairLengths], config: LlamaConfig, lora_rank: int, reference: bool) -> int:
-    """One epoch of LoRA DPO over packed pairs with a frozen head; `reference` says whether the reference runs too.
+@dataclass(frozen=True)
+class Passes:
+    """One pass of each kind over the same rows of a model with LoRA adapters and a frozen head.
 
     A frozen linear of W weights costs 2 W T forward and 2 W T backward (dX only: no dW). LoRA's factors train: forward
-    2 r (in + out) T, backward twice that. Head: logits and dH, 2 V D N each; no third product. Reference: forward only.
+    2 r (in + out) T, backward twice that. Head: 2 V D N a product.
     """
-    linears = layer_linears(config)
-    weights = config.num_hidden_layers * sum(i * o for i, o in linears.values())
-    factors = config.num_hidden_layers * lora_rank * sum(i + o for i, o in linears.values())
-    tokens = sum(pair.prompt + pair.chosen + pair.rejected for pair in pairs)
-    responses = sum(pair.chosen + pair.rejected for pair in pairs)
-    rectangles = sum(_attention_rectangles(pair) for pair in pairs)
-    queries = linears["q_proj"][1]
-    attention = 4 * queries * config.num_hidden_layers * rectangles  # scores and their product with the values
-    head = 2 * config.vocab_size * config.hidden_size * responses
 
-    # Nothing below the first layer trains, so its three input projections need no dX, from base or factors.
-    first = [linears[name] for name in ("q_proj", "k_proj", "v_proj")]
-    unneeded = 2 * tokens * sum(i * o + lora_rank * i for i, o in first)
-    forward = 2 * weights * tokens + 2 * factors * tokens + attention + head
-    backward = 2 * weights * tokens + 4 * factors * tokens + 5 * attention // 2 + head - unneeded
-    reference_forward = 2 * weights * tokens + attention + head
-    return forward + backward + (reference_forward if reference else 0)
+    policy_forward: float
+    backward: float
+    reference_forward: float
+    head: float  # one product
+    first_inputs: float  # gradients by the first layer's inputs, part of `backward`
+
+    @classmethod
+    def of(cls, model: Model, lora_rank: int, tokens: int, scored: int, keys: float, attention: float) -> Passes:
+        """`keys`: products of queries with keys; `attention`: the backward's attention over the forward's."""
+        layers, linears = model.num_hidden_layers, model.linears
+        base = 2.0 * tokens * layers * sum(i * o for i, o in linears.values())
+        factors = 2.0 * tokens * layers * lora_rank * sum(i + o for i, o in linears.values())
+        scores = 4.0 * model.hidden_size * layers * keys  # and their product with the values
+        inputs = [linears[name] for name in ("q_proj", "k_proj", "v_proj")]
+        first = 2.0 * tokens * sum(i * o + lora_rank * i for i, o in inputs)
+        head = 2.0 * model.vocab_size * model.hidden_size * scored
+        return cls(base + factors + scores, base + 2 * factors + attention * scores, base + scores, head, first)
 
 
-def _attention_rectangles(pair: PairLengths) -> int:
+def packed_flops(
+    pairs: list[PairLengths], model: Model, lora_rank: int, reference: bool, checkpointing: bool = False
+) -> float:
+    """One epoch of fastdpo over packed pairs; `reference` says whether the reference runs too.
+
+    Head: logits and dH, no third product. Nothing below the first layer trains, so its inputs need no gradient.
+    """
+    passes = _packed(pairs, model, lora_rank, sum(map(_rectangles, pairs)), 2.5)
+    total = passes.policy_forward + passes.backward + 2 * passes.head - passes.first_inputs
+    total += passes.reference_forward + passes.head if reference else 0
+    return total + (passes.policy_forward if checkpointing else 0)
+
+
+def needed_flops(pairs: list[PairLengths], model: Model, lora_rank: int, reference: bool) -> float:
+    """The least of one epoch: `packed_flops` with half of the attention, its backward four products for two."""
+    passes = _packed(pairs, model, lora_rank, sum(map(_triangles, pairs)), 2.0)
+    total = passes.policy_forward + passes.backward + 2 * passes.head - passes.first_inputs
+    return total + (passes.reference_forward + passes.head if reference else 0)
+
+
+def _packed(pairs: list[PairLengths], model: Model, lora_rank: int, keys: float, attention: float) -> Passes:
+    scored = sum(pair.chosen + pair.rejected for pair in pairs)
+    return Passes.of(model, lora_rank, sum(pair.prompt for pair in pairs) + scored, scored, keys, attention)
+
+
+def _rectangles(pair: PairLengths) -> int:
     """Queries x keys: prompt and chosen over themselves, then rejected over prompt and rejected."""
     first = pair.prompt + pair.chosen
     return first * first + pair.rejected * (pair.prompt + pair.rejected)
+
+
+def _triangles(pair: PairLengths) -> float:
+    """The same where a query sees itself and what is before it."""
+    first, second = pair.prompt + pair.chosen, pair.rejected
+    return first * (first + 1) / 2 + second * pair.prompt + second * (second + 1) / 2
+
+
+def padded_flops(
+    pairs: list[PairLengths],
+    model: Model,
+    lora_rank: int,
+    micro_batch: int,
+    reference: bool,
+    checkpointing: bool,
+    all_rows: bool,
+) -> float:
+    """One epoch of TRL, both sides of every pair padded to the longest of their micro-batch; rows in training order.
+
+    The head computes its logits again in the backward: three products of the policy, one of the reference. Without
+    Triton it takes `all_rows`. Checkpointing runs a layer's forward again, and wants gradients by the first one's
+    inputs.
+    """
+    tokens, keys = 0, 0
+    for batch, longest in _padded(pairs, micro_batch):
+        tokens += 2 * len(batch) * longest
+        keys += 2 * len(batch) * longest * longest
+    scored = padded_positions(pairs, micro_batch) if all_rows else sum(pair.chosen + pair.rejected for pair in pairs)
+    passes = Passes.of(model, lora_rank, tokens, scored, keys, 2.5)
+    total = passes.policy_forward + passes.backward + 3 * passes.head
+    total += passes.policy_forward if checkpointing else -passes.first_inputs
+    return total + (passes.reference_forward + passes.head if reference else 0)
+
+
+def padded_reference_flops(
+    pairs: list[PairLengths], model: Model, lora_rank: int, micro_batch: int, all_rows: bool
+) -> float:
+    """The reference of the same epoch alone, as TRL precomputes it."""
+    both = (padded_flops(pairs, model, lora_rank, micro_batch, on, False, all_rows) for on in (True, False))
+    return next(both) - next(both)
 
 
 def counter() -> FlopCounterMode:
@@ -82,12 +155,12 @@ def _attention_backward(_grad: torch.Size, query: torch.Size, key: torch.Size, *
     return 5 * _attention_forward(query, key) // 2
 
 
+def _padded(pairs: list[PairLengths], micro_batch: int) -> Iterable[tuple[list[PairLengths], int]]:
+    for start in range(0, len(pairs), micro_batch):
+        batch = pairs[start : start + micro_batch]
+        yield batch, max(pair.prompt + max(pair.chosen, pair.rejected) for pair in batch)
+
+
 def padded_positions(pairs: list[PairLengths], micro_batch: int) -> int:
     """Positions TRL scores in one pass: both sides of every pair, padded to their micro-batch's longest."""
-    batches = [pairs[i : i + micro_batch] for i in range(0, len(pairs), micro_batch)]
-    return sum(2 * len(batch) * (max(b.prompt + max(b.chosen, b.rejected) for b in batch) - 1) for batch in batches)
-
-
-def head_flops(config: LlamaConfig, rows: int, passes: int) -> int:
-    """`passes` products of `rows` hidden states with the LM head."""
-    return passes * 2 * config.vocab_size * config.hidden_size * rows
+    return sum(2 * len(batch) * (longest - 1) for batch, longest in _padded(pairs, micro_batch))

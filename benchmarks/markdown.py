@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.device import DEVICES
+from benchmarks.models import MODELS
+from benchmarks.workload import PROFILES
+
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
@@ -23,3 +27,13 @@ def versions_in_words(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
     return f"Python {result['python']}, {versions}. {result['date']}, commit {result['commit'][:12]}{changes}"
+
+
+def setting_in_words(result: dict[str, Any]) -> str:
+    """Of a result about fastdpo alone: the end of its heading, and what ran where."""
+    work, device = result["workload"], DEVICES[result["device"]]
+    return (
+        f"{device.title}: {MODELS[result['model']].title}, pairs as long as {PROFILES[result['profile']].title}'s\n\n"
+        f"{machine_in_words(result['machine'])}. {versions_in_words(result)}. {work['pairs']} pairs, "
+        f"{work['batch']} an optimizer step, LoRA, {device.dtype}."
+    )

@@ -6,15 +6,18 @@ so that the host is never waited for. A CPU's clock is the host's.
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.device import KernelBench
+from benchmarks.device import DEVICES, KernelBench
 from benchmarks.roofline import Ceilings
 
 Call = Callable[[], Any]
@@ -158,3 +161,13 @@ def median_seconds(meter: Meter, call: Call, rounds: int = 10, warmup: int = 3) 
         call()
         seconds.append(meter.clock() - start)
     return median(seconds)
+
+
+def main(device: str) -> None:
+    """Prints the ceilings of a device as JSON: `python -m benchmarks.measure cpu`."""
+    bench = DEVICES[device].kernels
+    print(json.dumps(asdict(ceilings(METERS[DEVICES[device].place](), bench))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,13 +1,14 @@
-"""fastdpo against TRL 1.16 on the same rows: pairs a second, FLOPs a pair, peak memory.
+"""fastdpo against TRL 1.16 on the same rows: pairs and tokens a second, FLOPs a pair, share of the peak, peak memory.
 
-Runs alternate, each in a fresh process. Numbers count only when the loss curves agree: a mismatch is an error. FLOPs
-come from runs of their own, because counting slows them. TRL takes part as it comes and tuned; on a CPU both again with
-its head told to skip the rows it need not score, which it does on a GPU by itself. A configuration of TRL that dies is
-written down as failed and the others go on; so is a count. What depends on the device stands in device.py.
+Runs alternate, each in a fresh process. A contender's numbers count only when its loss curve is fastdpo's: otherwise,
+and when it dies, is not installed or finds no time left, its row says so and the others go on. Where FLOPs are counted,
+they come from runs of their own, because counting slows them; elsewhere from the formulas that the counts hold. What
+depends on the device stands in device.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -15,8 +16,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -24,16 +25,25 @@ from typing import Any
 
 from benchmarks import flops, workload
 from benchmarks.device import DEVICES, ROOT, Device, Tolerances
+from benchmarks.models import MODELS, Model
 from benchmarks.provenance import provenance
 from benchmarks.run import LORA_RANK, RunResult, RunSpec
 from benchmarks.table import LATER, render, span_in_words
+from benchmarks.workload import PROFILES
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+GPU_PACKAGES = ("triton", "liger-kernel", "unsloth", "flash-attn")
+LEANEST = {"gradient_checkpointing": True, "max_tokens_per_microbatch": 2048}
+NO_TIME = "not run: the time for all of them was used up"
 LN2 = math.log(2)
 
 
 class CurvesDiffer(RuntimeError):
     """Two trainers that should compute the same numbers did not, so no time of theirs can be compared."""
+
+    @property
+    def line(self) -> str:
+        return str(self).splitlines()[0]
 
 
 class RunFailed(RuntimeError):
@@ -45,18 +55,63 @@ class RunFailed(RuntimeError):
         self.line = ([line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines or [what])[-1]
 
 
-def configurations(base: RunSpec, device: Device, tuned: dict[str, Any]) -> dict[str, RunSpec]:
-    """The runs that are timed, from fastdpo's. TRL default's epochs all do the same work: some devices run one only."""
+class Clock:
+    """The time that all runs together may take, and one of them."""
+
+    def __init__(self, seconds: float | None, one_run: float | None) -> None:
+        self.started, self.seconds, self.one_run = time.monotonic(), seconds or math.inf, one_run or math.inf
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds for a run that begins now, when runs like it may take up `share` of the time."""
+        return min(self.one_run, share * self.seconds - (time.monotonic() - self.started))
+
+
+def configurations(
+    base: RunSpec, device: Device, tuned: RunSpec, unsloth: Path | None = None
+) -> tuple[dict[str, RunSpec], dict[str, str]]:
+    """-> the runs that are timed, in the order of their turns, and why contenders of this device have none.
+
+    TRL default's epochs all do the same work: some devices run one only.
+    """
     default = replace(base, trainer="trl", stop_after=device.trl_default_epochs)
-    best = replace(base, trainer="trl", settings=tuned, longest_first=True)
-    specs = {"fastdpo": base, "TRL default": default, "TRL tuned": best}
-    if not device.head_skips_rows:
-        for name in ("TRL default", "TRL tuned"):
-            specs[f"{name}, response rows only"] = replace(specs[name], response_rows_only=True)
-    return specs
+    other = {**tuned.settings, "precompute_ref_log_probs": not tuned.settings["precompute_ref_log_probs"]}
+    specs = {
+        "fastdpo": base,
+        "fastdpo leanest": replace(base, settings=LEANEST),
+        "TRL default": default,
+        "TRL tuned": tuned,
+        "TRL default, response rows only": replace(default, response_rows_only=True),
+        "TRL tuned, response rows only": replace(tuned, response_rows_only=True),
+        "TRL tuned, other reference": replace(tuned, settings=other),
+        "TRL tuned, Liger": replace(tuned, settings={**tuned.settings, "use_liger_kernel": True}),
+        "Unsloth": replace(default, trainer="unsloth", site=str(unsloth.resolve()) if unsloth else ""),
+    }
+    without: dict[str, str] = {}
+    if not installed("liger_kernel"):
+        without["TRL tuned, Liger"] = "not installed"
+    elif tuned.settings.get("use_liger_kernel"):
+        without["TRL tuned, Liger"] = "not run: TRL tuned is it already"
+    if not installed("unsloth", unsloth):
+        without["Unsloth"] = "not installed"
+    named = {name: specs[name] for name in device.contenders}
+    return named, {name: why for name, why in without.items() if name in named}
 
 
-def tuned_settings(batch: int, micro_batch: int, precompute: bool = True) -> dict[str, Any]:
+def installed(package: str, site: Path | None = None) -> bool:
+    """Whether it can be imported, without doing so: this process imports no torch."""
+    return bool(site and (site / package).is_dir()) or importlib.util.find_spec(package) is not None
+
+
+def tuned_spec(base: RunSpec, device: Device, machine: dict[str, Any]) -> RunSpec:
+    """TRL tuned where nothing is searched: checkpointing off, the device's way of running the reference, rows sorted
+    by length, micro-batches of a size that was measured, or that memory has room for.
+    """
+    spec = replace(base, trainer="trl", longest_first=True)
+    pairs = min(device.tuned_micro_batch or _pairs_with_room(spec, machine), base.batch)
+    return replace(spec, settings=split_settings(base.batch, pairs, device.tuned_precompute))
+
+
+def split_settings(batch: int, micro_batch: int, precompute: bool) -> dict[str, Any]:
     return {
         "gradient_checkpointing": False,
         "precompute_ref_log_probs": precompute,
@@ -65,8 +120,24 @@ def tuned_settings(batch: int, micro_batch: int, precompute: bool = True) -> dic
     }
 
 
+def _pairs_with_room(spec: RunSpec, machine: dict[str, Any]) -> int:
+    """The largest halving of the batch whose longest micro-batch fits: by count, a layer of bf16 keeps 12 rows of the
+    hidden size and 5 of the MLP's a token, and 60% of what weights leave is to hold them.
+    """
+    model, lengths = MODELS[spec.model], spec.lengths
+    kept = 2 * model.num_hidden_layers * (12 * model.hidden_size + 5 * model.intermediate_size)
+    room = 0.6 * (machine["gpu_memory"] - 2 * model.parameters["total"])
+    longest = max(pair.prompt + max(pair.chosen, pair.rejected) for pair in lengths)
+    return next((size for size in halvings(spec.batch) if 2 * size * longest * kept <= room), 1)
+
+
+def halvings(batch: int) -> list[int]:
+    """8, 4, 2, 1: numbers of pairs that split a batch of 8 evenly."""
+    return [size for size in (batch >> shift for shift in range(batch.bit_length())) if size and batch % size == 0]
+
+
 def main(options: Namespace) -> int:
-    """Runs everything, writes the JSON, prints the table; 1 where the trainers disagree or fastdpo fails."""
+    """Runs everything, writes the JSON, prints the table; 1 where a curve differs or fastdpo fails."""
     device = DEVICES[options.device]
     machine = device.find()
     if machine is None:
@@ -82,44 +153,56 @@ def main(options: Namespace) -> int:
     options.output.write_text(text)
     print(render(json.loads(text)))  # what the file says, nothing else
     print(f"written to {options.output}")
-    return 0
+    differ = [name for name, row in result["configurations"].items() if row.get("curve_differs")]
+    for name in differ:
+        print(f"error: {result['configurations'][name]['failed']}", file=sys.stderr)
+    return 1 if differ else 0
 
 
 def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict[str, Any]:
-    origin = provenance(
-        machine, options.threads, PACKAGES, options.commit
-    )  # before the runs: the commit and the load they started from
-    base = RunSpec("fastdpo", device.name, options.pairs, options.epochs, options.batch, threads=options.threads)
-    tuning = search_tuned(base, device) if options.tune else []
-    settings = tuned_settings(options.batch, min(device.tuned_micro_batch, options.batch))
-    tuned = min(tuning, key=lambda row: row["seconds"])["settings"] if tuning else settings
-    specs = configurations(base, device, tuned)
-    sorted_curve = in_own_process("fastdpo, longest first", replace(base, longest_first=True))
-    counts, uncounted = count_flops(specs)
-    runs, failed = timed_runs(specs, options.repeat, sorted_curve)
+    packages = PACKAGES + (GPU_PACKAGES if "gpu" in machine else ())
+    # before the runs: the commit and the load they started from
+    origin = provenance(machine, options.threads, packages, options.commit)
+    clock = Clock(options.seconds, device.time_limit)
+    task = options.model, options.profile, options.pairs, options.epochs, options.batch
+    base = RunSpec("fastdpo", device.name, *task, threads=options.threads)
+    tuned = tuned_spec(base, device, machine)
+    peak = peak_rate(device, machine, options.threads)
+    tuning = search_tuned(tuned, device, clock) if options.tune else []
+    if best := fastest(tuning):
+        tuned = replace(tuned, settings=best["settings"], attention=best["attention"])
+    specs, failed = configurations(base, device, tuned, options.unsloth)
+    sorted_curve = in_own_process("fastdpo, longest first", replace(base, longest_first=True), clock)
+    counts, uncounted = count_flops(specs, clock) if device.counts else ({}, {})
+    runs, differ = timed_runs(specs, options.repeat, sorted_curve, failed, clock)
 
     spans = reported_spans(options.epochs, device.later_epochs)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, spec in specs.items():
         if name in failed:
-            rows[name] = {"spec": asdict(spec), "failed": failed[name], "runs": [asdict(run) for run in runs[name]]}
+            rows[name] = {"spec": asdict(spec), "failed": failed[name], "curve_differs": name in differ}
+            rows[name]["runs"] = [asdict(run) for run in runs[name]]
         else:
-            rows[name] = summary(spec, runs[name], flops_at(spec, counts.get(name.split(",")[0])), spans)
+            rows[name] = summary(spec, runs[name], flops_at(spec, counts.get(name)), spans, peak["flops"])
     return {
         "benchmark": "step",
         "device": device.name,
+        "model": options.model,
+        "profile": options.profile,
         **origin,
+        "peak": peak,
         "workload": describe_workload(options, device),
         "tolerances": asdict(device.tolerances),
         "configurations": rows,
         "uncounted": uncounted,
         "tuning": tuning,
-        "formula_flops_per_pair": formula_per_pair(options.pairs, device, spans),
-        "ratios": ratios(rows, spans, device.aims),
+        "formula_flops_per_pair": by_formula(base, spans, flops.packed_flops),
+        "needed_flops_per_pair": by_formula(base, spans, flops.needed_flops),
+        "ratios": ratios(rows, spans),
     }
 
 
-def count_flops(specs: dict[str, RunSpec]) -> tuple[dict[str, RunResult], dict[str, str]]:
+def count_flops(specs: dict[str, RunSpec], clock: Clock) -> tuple[dict[str, RunResult], dict[str, str]]:
     """-> runs that counted, and why the others could not. TRL's epochs all do the same work, so one is enough."""
     counts: dict[str, RunResult] = {}
     uncounted: dict[str, str] = {}
@@ -127,57 +210,104 @@ def count_flops(specs: dict[str, RunSpec]) -> tuple[dict[str, RunResult], dict[s
         stop = None if name == "fastdpo" else 1
         try:
             spec = replace(specs[name], count_flops=True, stop_after=stop)
-            counts[name] = in_own_process(name, spec, ", counting FLOPs")
+            counts[name] = in_own_process(name, spec, clock, ", counting FLOPs")
         except RunFailed as error:
             uncounted[name] = error.line
     return counts, uncounted
 
 
 def timed_runs(
-    specs: dict[str, RunSpec], repeats: int, sorted_curve: RunResult
-) -> tuple[dict[str, list[RunResult]], dict[str, str]]:
-    """-> runs whose curves agree with fastdpo's (`sorted_curve` where rows are sorted), and why TRL's others died."""
+    specs: dict[str, RunSpec], repeats: int, sorted_curve: RunResult, failed: dict[str, str], clock: Clock
+) -> tuple[dict[str, list[RunResult]], set[str]]:
+    """-> runs, and who of them has another curve than fastdpo (`sorted_curve` where rows are sorted). Adds to `failed`
+    why others have no numbers. Raises CurvesDiffer where fastdpo's curve is nobody else's.
+    """
     runs: dict[str, list[RunResult]] = {name: [] for name in specs}
-    failed: dict[str, str] = {}
+    differ: set[str] = set()
     for repeat in range(repeats):
         for name, spec in specs.items():
             if name in failed:
                 continue
             try:
-                run = in_own_process(name, spec, f" {repeat + 1}/{repeats}")
-            except RunFailed as error:
-                if spec.trainer == "fastdpo":
+                run = in_own_process(name, spec, clock, f" {repeat + 1}/{repeats}")
+                runs[name].append(run)
+                reference = sorted_curve if spec.longest_first else runs["fastdpo"][0]
+                check_curves(name, run, reference, DEVICES[spec.device].tolerances)
+            except (RunFailed, CurvesDiffer) as error:
+                if error.line == NO_TIME and runs[name]:
+                    continue  # its earlier repeats count
+                if name == "fastdpo":
                     raise
                 failed[name] = error.line
-                continue
-            runs[name].append(run)
-            reference = sorted_curve if spec.longest_first else runs["fastdpo"][0]
-            check_curves(name, run, reference, DEVICES[spec.device].tolerances)
-    return runs, failed
+                differ |= {name} if isinstance(error, CurvesDiffer) else set()
+    agree = [name for name, spec in specs.items() if spec.trainer != "fastdpo" and name not in failed]
+    if differ and not agree:
+        raise CurvesDiffer("; ".join(failed[name] for name in differ))
+    return runs, differ
 
 
-def search_tuned(base: RunSpec, device: Device) -> list[dict[str, Any]]:
-    """Seconds of TRL over splits of the optimizer batch, with the reference ahead or online; without what failed."""
-    base = replace(base, trainer="trl", longest_first=True, stop_after=device.trl_default_epochs)
-    splits = [size for size in (base.batch, base.batch // 2, base.batch // 4, 1) if size and base.batch % size == 0]
-    choices = [(True, size) for size in dict.fromkeys(splits)] + [(False, min(device.tuned_micro_batch, base.batch))]
-    found = []
-    for precompute, micro_batch in choices:
-        settings = tuned_settings(base.batch, micro_batch, precompute)
+def search_tuned(tuned: RunSpec, device: Device, clock: Clock) -> list[dict[str, Any]]:
+    """Seconds of TRL's first epoch with the settings that were tried, or why they failed: sizes of a micro-batch, then
+    with the fastest the reference ahead or online, FlashAttention and Liger where installed, and checkpointing.
+
+    Half of the time there is may go to it.
+    """
+    found: list[dict[str, Any]] = []
+
+    def attempt(settings: dict[str, Any], attention: str | None = None) -> None:
+        spec = replace(tuned, settings=settings, attention=attention, stop_after=1)
+        name = f"TRL with {settings}" + (f", {attention}" if attention else "")
+        row: dict[str, Any] = {"settings": settings, "attention": attention}
         try:
-            result = in_own_process(f"TRL with {settings}", replace(base, settings=settings))
-        except RunFailed:
-            continue
-        epochs, seconds = len(result.seconds) - 1, result.seconds[-1]
-        found.append({"settings": settings, "epochs": epochs, "seconds": seconds, "peak_memory": result.peak_memory})
+            result = in_own_process(name, spec, clock, share=0.5)
+            row |= {"epochs": len(result.seconds) - 1, "seconds": result.seconds[-1], "before": result.seconds[0]}
+            row["peak_memory"] = result.peak_memory
+        except RunFailed as error:
+            row["failed"] = error.line
+        found.append(row)
+
+    first = tuned.micro_batch
+    near = [first, 2 * first, first // 2] if device.tuned_micro_batch is None else halvings(tuned.batch)
+    for size in near:
+        if size in halvings(tuned.batch):
+            attempt(split_settings(tuned.batch, size, device.tuned_precompute))
+    if best := fastest(found):
+        other = not best["settings"]["precompute_ref_log_probs"]
+        attempt({**best["settings"], "precompute_ref_log_probs": other})
+    if installed("flash_attn") and (best := fastest(found)):
+        attempt(best["settings"], "flash_attention_2")
+    if device.head_skips_rows and installed("liger_kernel") and (best := fastest(found)):
+        attempt({**best["settings"], "use_liger_kernel": True}, best["attention"])
+    if device.head_skips_rows:
+        attempt({**split_settings(tuned.batch, tuned.batch, False), "gradient_checkpointing": True})
     return found
 
 
-def in_own_process(name: str, spec: RunSpec, note: str = "") -> RunResult:
+def fastest(tuning: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the settings that ran."""
+    return min((row for row in tuning if "seconds" in row), key=lambda row: row["seconds"], default=None)
+
+
+def peak_rate(device: Device, machine: dict[str, Any], threads: int) -> dict[str, Any]:
+    """FLOP/s that MFU is a share of: what a large product is known to reach on this GPU, else what it reaches now."""
+    gpu, rate, _ = device.kernels.expected or (None, 0.0, 0.0)
+    if gpu is not None and machine.get("gpu") == gpu:
+        return {"flops": rate, "how": f"what large {device.dtype} products reach on an {gpu}"}
+    command = [sys.executable, "-m", "benchmarks.measure", device.name]
+    done = subprocess.run(command, cwd=ROOT, env=run_environment(device, threads), capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed("a large matrix product", f"ended with {done.returncode}", done.stderr)
+    return {
+        "flops": json.loads(done.stdout)["flops"],
+        "how": f"a large {device.dtype} product, measured before the runs",
+    }
+
+
+def in_own_process(name: str, spec: RunSpec, clock: Clock, note: str = "", share: float = 1.0) -> RunResult:
     """One run in a fresh interpreter. This process imports no torch: a child starts with its parent's peak memory."""
     print(f"{name}{note} ...", end=" ", file=sys.stderr, flush=True)
     try:
-        result = _run_apart(name, spec)
+        result = _run_apart(name, spec, clock.left(share))
     except RunFailed as error:
         print(f"failed: {error.line}", file=sys.stderr, flush=True)
         raise
@@ -185,28 +315,34 @@ def in_own_process(name: str, spec: RunSpec, note: str = "") -> RunResult:
     return result
 
 
-def _run_apart(name: str, spec: RunSpec) -> RunResult:
-    device = DEVICES[spec.device]
-    environment = {
+def run_environment(device: Device, threads: int, site: str = "") -> dict[str, str]:
+    paths = [site] * bool(site) + [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {
         **device.environment,
         **os.environ,
-        "OMP_NUM_THREADS": str(spec.threads),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def _run_apart(name: str, spec: RunSpec, seconds: float) -> RunResult:
+    if seconds <= 0:
+        raise RunFailed(name, NO_TIME)
+    environment = run_environment(DEVICES[spec.device], spec.threads, spec.site)
     with tempfile.TemporaryDirectory() as folder:
         spec_file, result_file = Path(folder, "spec.json"), Path(folder, "result.json")
         spec_file.write_text(json.dumps(asdict(spec)))
         command = [sys.executable, "-m", "benchmarks.run", str(spec_file), str(result_file)]
         options: Any = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
         try:
-            done = subprocess.run(command, timeout=device.time_limit, **options)
+            done = subprocess.run(command, timeout=None if math.isinf(seconds) else seconds, **options)
         except subprocess.TimeoutExpired:
-            raise RunFailed(name, f"took longer than {device.time_limit:g} s") from None
+            raise RunFailed(name, f"took longer than {seconds:.3g} s") from None
         if done.returncode:
             raise RunFailed(name, f"ended with {done.returncode}", done.stderr)
         return RunResult(**json.loads(result_file.read_text()))
@@ -252,90 +388,94 @@ def over(span: tuple[int, int], totals: list[float]) -> float:
 
 
 def flops_at(spec: RunSpec, count: RunResult | None) -> list[float]:
-    """Counted FLOPs after 0, 1, .. epochs; for response rows only, less the head's products with other rows. Empty
-    where they were not counted.
-    """
-    if count is None:
+    """FLOPs after 0, 1, .. epochs: as counted, else by formula; empty for whom there is none."""
+    if count is not None:
+        return [count.flops[0]] + [at_epoch(list(count.flops), epoch) for epoch in range(1, spec.epochs + 1)]
+    model, lengths = MODELS[spec.model], spec.lengths
+    if spec.trainer == "fastdpo":
+        lean = bool(spec.settings.get("gradient_checkpointing"))
+        first, later = (flops.packed_flops(lengths, model, LORA_RANK, on, lean) for on in (True, False))
+        return [0.0] + [first + later * epoch for epoch in range(spec.epochs)]
+    if spec.trainer != "trl":
         return []
-    counted: list[float] = list(count.flops)
-    totals = [counted[0]] + [at_epoch(counted, epoch) for epoch in range(1, spec.epochs + 1)]
-    if not spec.response_rows_only:
-        return totals
-    lengths = workload.pair_lengths(spec.pairs)
-    if spec.longest_first:
-        lengths = [lengths[i] for i in workload.longest_first(lengths)]
-    micro_batch = spec.settings.get("per_device_train_batch_size", spec.batch)
-    idle = flops.padded_positions(lengths, micro_batch) - sum(pair.chosen + pair.rejected for pair in lengths)
-    config = workload.model_config(DEVICES[spec.device].shape)
-    reference, policy = flops.head_flops(config, idle, 1), flops.head_flops(config, idle, 3)
-    if spec.settings.get("precompute_ref_log_probs"):
-        return [total - reference - policy * epoch for epoch, total in enumerate(totals)]
-    return [total - (reference + policy) * epoch for epoch, total in enumerate(totals)]
+    all_rows = not (spec.response_rows_only or DEVICES[spec.device].head_skips_rows)
+    ahead = bool(spec.settings.get("precompute_ref_log_probs"))
+    before = flops.padded_reference_flops(lengths, model, LORA_RANK, spec.micro_batch, all_rows) if ahead else 0.0
+    checkpointing = spec.settings.get("gradient_checkpointing", True)
+    each = flops.padded_flops(lengths, model, LORA_RANK, spec.micro_batch, not ahead, checkpointing, all_rows)
+    return [before + each * epoch for epoch in range(spec.epochs + 1)]
 
 
 def summary(
-    spec: RunSpec, runs: list[RunResult], flop_totals: list[float], spans: dict[str, tuple[int, int]]
+    spec: RunSpec, runs: list[RunResult], flop_totals: list[float], spans: dict[str, tuple[int, int]], peak_flops: float
 ) -> dict[str, Any]:
     """Medians over the repeats, beside the runs they come from."""
     pairs = {span: spec.pairs * (end - begin) for span, (begin, end) in spans.items()}
     seconds = {name: median(over(span, run.seconds) for run in runs) for name, span in spans.items()}
     work = {name: over(span, flop_totals) / pairs[name] for name, span in spans.items()} if flop_totals else {}
     peak = median(run.peak_memory for run in runs)
+    tokens = workload.sequence_tokens(spec.lengths) / spec.pairs
+    needed = by_formula(spec, spans, flops.needed_flops)
     return {
         "spec": asdict(spec),
         "seconds_before_training": median(run.seconds[0] for run in runs),
         "seconds": seconds,
         "pairs_per_second": {span: pairs[span] / seconds[span] for span in spans},
+        "tokens_per_second": {span: tokens * pairs[span] / seconds[span] for span in spans},
         "flops_per_pair": work,
+        "mfu": {span: needed[span] * pairs[span] / seconds[span] / peak_flops for span in spans},
         "peak_memory": peak,
         "added_memory": peak - median(run.baseline_memory for run in runs),
         "runs": [asdict(run) for run in runs],
     }
 
 
-def ratios(
-    rows: dict[str, dict[str, Any]], spans: dict[str, tuple[int, int]], aims: Mapping[str, tuple[float, bool]]
-) -> list[dict[str, Any]]:
-    """fastdpo against every TRL configuration that ran; an aim is attached where there is one."""
-    ours = rows["fastdpo"]
-    others = {name: row for name, row in rows.items() if name != "fastdpo" and "failed" not in row}
+def ratios(rows: dict[str, dict[str, Any]], spans: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """fastdpo against every contender that ran, then its leanest setting against TRL default."""
+    ran = {name: row for name, row in rows.items() if "failed" not in row}
+    ours, lean, default = rows["fastdpo"], ran.get("fastdpo leanest"), ran.get("TRL default")
+    others = {name: row for name, row in ran.items() if not name.startswith("fastdpo")}
     values: dict[str, float] = {}
     for span in spans:
+        words = span_in_words(span)
+        values[f"MFU of fastdpo, {words}"] = ours["mfu"][span]
         for name, theirs in others.items():
-            speed = ours["pairs_per_second"][span] / theirs["pairs_per_second"][span]
-            values[f"speed of fastdpo / {name}, {span_in_words(span)}"] = speed
+            values[f"speed of fastdpo / {name}, {words}"] = _speed(ours, theirs, span)
             if ours["flops_per_pair"] and theirs["flops_per_pair"]:
                 work = ours["flops_per_pair"][span] / theirs["flops_per_pair"][span]
-                values[f"FLOPs of fastdpo / {name}, {span_in_words(span)}"] = work
+                values[f"FLOPs of fastdpo / {name}, {words}"] = work
+        if lean and default:
+            values[f"speed of fastdpo leanest / TRL default, {words}"] = _speed(lean, default, span)
     for name, theirs in others.items():
         values[f"peak memory of fastdpo / {name}"] = ours["peak_memory"] / theirs["peak_memory"]
         values[f"memory added by training, fastdpo / {name}"] = ours["added_memory"] / theirs["added_memory"]
-    return [_ratio(name, value, aims) for name, value in values.items()]
+    if lean and default:
+        added = lean["added_memory"] / default["added_memory"]
+        values["memory added by training, fastdpo leanest / TRL default"] = added
+    return [{"name": name, "value": value} for name, value in values.items()]
 
 
-def _ratio(name: str, value: float, aims: Mapping[str, tuple[float, bool]]) -> dict[str, Any]:
-    aim = aims.get(name) or (aims.get(name.rsplit(",", 1)[0]) if name.startswith("speed") else None)
-    if aim is None:
-        return {"name": name, "value": value}
-    bound, larger = aim
-    return {
-        "name": name,
-        "value": value,
-        "aim": f"{'>=' if larger else '<='} {bound}",
-        "met": value >= bound if larger else value <= bound,
-    }
+def _speed(ours: dict[str, Any], theirs: dict[str, Any], span: str) -> float:
+    return ours["pairs_per_second"][span] / theirs["pairs_per_second"][span]
 
 
-def formula_per_pair(pairs: int, device: Device, spans: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """What the packed step should cost: the reference runs in the first epoch only."""
-    lengths, config = workload.pair_lengths(pairs), workload.model_config(device.shape)
-    first = flops.formula_flops(lengths, config, LORA_RANK, reference=True)
-    later = flops.formula_flops(lengths, config, LORA_RANK, reference=False)
-    return {name: over(span, [0, first, first + later]) / (pairs * (span[1] - span[0])) for name, span in spans.items()}
+def by_formula(spec: RunSpec, spans: dict[str, tuple[int, int]], formula: Any) -> dict[str, float]:
+    """FLOPs a pair of a step that runs the reference in the first epoch only."""
+    lengths, model = workload.pair_lengths(PROFILES[spec.profile], spec.pairs), MODELS[spec.model]
+    first, later = (formula(lengths, model, LORA_RANK, on) for on in (True, False))
+    totals = [0, first, first + later]
+    return {name: over(span, totals) / (spec.pairs * (span[1] - span[0])) for name, span in spans.items()}
+
+
+def rows_for(device: Device, model: Model, profile: workload.Profile, batch: int) -> int:
+    """As many pairs as make an epoch of the device's usual work, in whole batches, two at least."""
+    pairs = device.work / (model.parameters["total"] * profile.tokens_per_pair)
+    return batch * max(2, round(min(pairs, device.most_pairs) / batch))
 
 
 def describe_workload(options: Namespace, device: Device) -> dict[str, Any]:
-    lengths, config = workload.pair_lengths(options.pairs), workload.model_config(device.shape)
+    model = MODELS[options.model]
+    lengths = workload.pair_lengths(PROFILES[options.profile], options.pairs)
     totals = [pair.prompt + side for pair in lengths for side in (pair.chosen, pair.rejected)]
     return {
         "pairs": options.pairs,
@@ -343,11 +483,12 @@ def describe_workload(options: Namespace, device: Device) -> dict[str, Any]:
         "batch": options.batch,
         "repeat": options.repeat,
         "dtype": device.dtype,
-        "learning_rate": device.learning_rate,
+        "learning_rate": model.learning_rate,
         "lora_rank": LORA_RANK,
-        "parameters": workload.parameter_counts(config),
-        "vocabulary": config.vocab_size,
+        "parameters": model.parameters,
+        "vocabulary": model.vocab_size,
         "median_tokens": median(totals),
         "longest": max(totals),
+        "max_length": workload.room_for(lengths),
         "prompt_to_response": 2 * sum(p.prompt for p in lengths) / sum(p.chosen + p.rejected for p in lengths),
     }

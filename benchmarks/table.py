@@ -1,6 +1,6 @@
 """Markdown from results/*.json; two README.md hold it between markers, and a test holds them to it.
 
-Numbers come from the files alone; what is said of a device beside them stands in device.py.
+Numbers come from the files alone; what is said of a device beside them, and the aims, stand in device.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_table
-from benchmarks.device import CUDA, DEVICES
+from benchmarks import kernel_table, parts, trace
+from benchmarks.device import CPU, CUDA, DEVICES, step_aim
 from benchmarks.markdown import machine_in_words, table, versions_in_words
+from benchmarks.models import MODELS
+from benchmarks.workload import PROFILES
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent / "README.md"
@@ -20,23 +22,56 @@ FRONT_PAGE = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- begin generated: python -m benchmarks table -->", "<!-- end generated -->"
 LATER = "later"  # the span of all epochs after the first
 
+# What is to be measured, in the order of the tables: benchmark, device, model, profile -> the command that does it.
+_8B, _1B, _STEP = "llama-3.1-8b", "llama-3.2-1b", "python -m benchmarks step --device cuda --tune --model"
+PLANNED = {
+    ("step", CPU.name, "20m", "hh-rlhf"): "python -m benchmarks step",
+    ("step", CUDA.name, _1B, "hh-rlhf"): "make gpu-step",
+    ("step", CUDA.name, _8B, "hh-rlhf"): "make gpu-step-8b-hh-rlhf",
+    ("step", CUDA.name, _8B, "helpsteer"): "make gpu-step-8b-helpsteer",
+    ("step", CUDA.name, _8B, "ultrafeedback"): "make gpu-step-8b-ultrafeedback",
+    ("step", CUDA.name, _8B, "capybara"): f"{_STEP} {_8B} --profile capybara",
+    ("step", CUDA.name, _8B, "tldr"): f"{_STEP} {_8B} --profile tldr",
+    ("step", CUDA.name, "qwen2.5-7b", "hh-rlhf"): f"{_STEP} qwen2.5-7b",
+    ("step", CUDA.name, "mistral-7b", "hh-rlhf"): f"{_STEP} mistral-7b",
+    ("parts", CUDA.name, _8B, "hh-rlhf"): "make gpu-parts",
+    ("trace", CUDA.name, _8B, "hh-rlhf"): "make gpu-trace",
+}
+_WHAT = {
+    "step": "a training step against TRL 1.16, default and tuned",
+    "parts": "a step against the sum of its parts",
+    "trace": "where a step's time on the GPU goes",
+}
+
+
+def file_name(benchmark: str, device: str, model: str, profile: str) -> str:
+    return f"{benchmark}-{device}-{model}-{profile}.json"
+
+
+def in_order(benchmark: str, folder: Path) -> list[Path]:
+    """A benchmark's files, the planned ones first."""
+    planned = [folder / file_name(*key) for key in PLANNED if key[0] == benchmark]
+    found = sorted(folder.glob(f"{benchmark}-*.json"))
+    return [file for file in planned if file in found] + [file for file in found if file not in planned]
+
 
 def render(result: dict[str, Any]) -> str:
     """One result as a heading, the runs, the ratios with their aims, and what the numbers leave out."""
-    parts = [_heading(result), _runs(result), _ratios(result), _notes(result)]
+    pieces = [_heading(result), _runs(result), _ratios(result), _notes(result)]
     if result["tuning"]:
-        parts.insert(3, _tuning(result["tuning"]))
-    return "\n\n".join(parts) + "\n"
+        pieces.insert(3, _tuning(result["tuning"]))
+    return "\n\n".join(pieces) + "\n"
 
 
 def _heading(result: dict[str, Any]) -> str:
     work, machine = result["workload"], result["machine"]
-    parts = work["parameters"]
-    head = "untied" if parts["untied_head"] else "tied to the embedding"
+    sizes = work["parameters"]
+    head = "untied" if sizes["untied_head"] else "tied to the embedding"
     return (
-        f"### A training step on {DEVICES[result['device']].title}\n\n"
-        f"Llama of {_million(parts['total'])} parameters ({_million(parts['trunk'])} trunk, "
-        f"{_million(parts['embedding'])} embedding over {work['vocabulary']} tokens, head {head}), "
+        f"### A training step on {DEVICES[result['device']].title}: {MODELS[result['model']].title}, pairs as long as "
+        f"{PROFILES[result['profile']].title}'s\n\n"
+        f"{_million(sizes['total'])} parameters ({_million(sizes['trunk'])} trunk, "
+        f"{_million(sizes['embedding'])} embedding over {work['vocabulary']} tokens, head {head}), "
         f"LoRA r={work['lora_rank']} on all linear modules, {work['dtype']}. {work['pairs']} pairs, "
         f"{work['batch']} an optimizer step, {work['median_tokens']:.0f} tokens a sequence (median; longest "
         f"{work['longest']}), prompts {work['prompt_to_response']:.2f} times as long as a response.\n\n"
@@ -47,53 +82,65 @@ def _heading(result: dict[str, Any]) -> str:
 
 def _runs(result: dict[str, Any]) -> str:
     spans = list(result["formula_flops_per_pair"])
-    words = [span_in_words(span) for span in spans]
-    header = ["", "s before training", *(f"pairs/s, {s}" for s in words), *(f"GFLOP/pair, {s}" for s in words)]
-    rows = [[name, *_run(row, spans)] for name, row in result["configurations"].items()]
+    rows = [[name, *_cells(row, spans)] for name, row in result["configurations"].items()]
+    quantities = ("pairs/s", "tokens/s", "GFLOP/pair", "MFU %")
+    header = ["", "s before training", *(f"{what}, {span_in_words(s)}" for what in quantities for s in spans)]
     formula = [_giga(value) for value in result["formula_flops_per_pair"].values()]
-    rows.append(["fastdpo, by formula", "", *[""] * len(spans), *formula, "", ""])
-    return table([*header, "peak MiB", "added MiB"], rows)
+    rows.append(["fastdpo, by formula", "", *[""] * 2 * len(spans), *formula, *[""] * len(spans), "", ""])
+    return _without_empty_columns([*header, "peak MiB", "added MiB"], rows)
 
 
-def _run(row: dict[str, Any], spans: list[str]) -> list[str]:
+def _cells(row: dict[str, Any], spans: list[str]) -> list[str]:
     if "failed" in row:
-        return ["failed", *[""] * (2 * len(spans) + 2)]
+        return ["failed", *[""] * (4 * len(spans) + 2)]
+    tokens, shares = row.get("tokens_per_second", {}), row.get("mfu", {})
     return [
         f"{row['seconds_before_training']:.1f}",
         *(f"{row['pairs_per_second'][span]:.3g}" for span in spans),
+        *(f"{tokens[span]:.0f}" if tokens else "" for span in spans),
         *(_giga(row["flops_per_pair"][span]) if row["flops_per_pair"] else "" for span in spans),
+        *(f"{100 * shares[span]:.0f}" if shares else "" for span in spans),
         f"{row['peak_memory'] / 2**20:.0f}",
         f"{row['added_memory'] / 2**20:.0f}",
     ]
 
 
+def _without_empty_columns(header: list[str], rows: list[list[str]]) -> str:
+    """A column that no row has a number in was not measured when the file was written."""
+    kept = [0] + [i for i in range(1, len(header)) if any(row[i] for row in rows)]
+    return table([header[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
 def _ratios(result: dict[str, Any]) -> str:
-    rows = [
-        [ratio["name"], f"{ratio['value']:.2f}", ratio.get("aim", ""), {True: "met", False: "missed"}[ratio["met"]]]
-        if "met" in ratio
-        else [ratio["name"], f"{ratio['value']:.2f}", "", ""]
-        for ratio in result["ratios"]
-    ]
+    rows = []
+    for ratio in result["ratios"]:
+        aim = step_aim(result, ratio["name"])
+        verdict = [str(aim), "met" if aim.met(ratio["value"]) else "missed"] if aim else ["", ""]
+        rows.append([ratio["name"], f"{ratio['value']:.2f}", *verdict])
     return table(["ratio", "measured", "aim", ""], rows)
 
 
 def _tuning(tuning: list[dict[str, Any]]) -> str:
-    rows = [
-        [", ".join(f"{name}={value}" for name, value in row["settings"].items()), f"{row['seconds']:.1f}"]
-        for row in sorted(tuning, key=lambda row: row["seconds"])
-    ]
-    header = ["settings", f"s, {span_in_words(str(tuning[0]['epochs']))}"]
-    return "TRL's settings that were tried, rows sorted by length:\n\n" + table(header, rows)
+    ran = sorted((row for row in tuning if "seconds" in row), key=lambda row: row["seconds"])
+    rows = [[_settings(row), f"{row['seconds']:.1f}"] for row in ran]
+    rows += [[_settings(row), f"failed: `{row['failed']}`"] for row in tuning if "failed" in row]
+    return "TRL's settings that were tried, rows sorted by length:\n\n" + table(["settings", "s, 1 epoch"], rows)
+
+
+def _settings(row: dict[str, Any]) -> str:
+    named = {**row["settings"], **({"attention": row["attention"]} if row.get("attention") else {})}
+    return ", ".join(f"{name}={value}" for name, value in named.items())
 
 
 def _notes(result: dict[str, Any]) -> str:
     device, rows = DEVICES[result["device"]], result["configurations"]
-    tuned = ", ".join(f"`{name}={value}`" for name, value in rows["TRL tuned"]["spec"]["settings"].items())
+    tuned = ", ".join(f"`{setting}`" for setting in _settings(rows["TRL tuned"]["spec"]).split(", "))
     default = "TRL default is TRL 1.16 as it comes (gradient checkpointing on, reference online)."
     if epochs := rows["TRL default"]["spec"]["stop_after"]:
         default += (
             f" It runs {span_in_words(str(epochs))}; its later epochs do the same work and count as much as the first."
         )
+    flops = "counted by torch, in runs of their own" if device.counts else "by formula"
     notes = [
         "Wall time runs from text rows in memory and a built model to a trained model: tokenization, adapters, a "
         "precomputed reference and training count, imports and building the model do not.",
@@ -101,12 +148,21 @@ def _notes(result: dict[str, Any]) -> str:
         default,
         f"TRL tuned: {tuned}, rows sorted by length. Precomputing the reference counts.",
         *device.notes,
-        "fastdpo runs the reference in the first epoch only. FLOPs are counted by torch, in runs of their own; "
-        "attention counts as full rectangles for both.",
+        f"fastdpo runs the reference in the first epoch only. FLOPs are {flops}; attention counts as full rectangles "
+        "for both.",
+        *([_mfu(result["peak"])] if "peak" in result else []),
         *(f"{name} failed: `{row['failed']}`" for name, row in rows.items() if "failed" in row),
-        *(f"FLOPs of {name} could not be counted: `{why}`" for name, why in result["uncounted"].items()),
+        *(f"FLOPs of {name} are by formula, as counting failed: `{why}`" for name, why in result["uncounted"].items()),
     ]
     return "\n".join(f"- {note}" for note in notes)
+
+
+def _mfu(peak: dict[str, Any]) -> str:
+    return (
+        "tokens/s: of both sequences of a pair, without padding. MFU: the FLOPs that are needed, the same for every "
+        "row (prompt once, nothing recomputed, the causal half of attention, the reference in the first epoch), over "
+        f"time and {peak['flops'] / 1e12:.3g} TFLOP/s: {peak['how']}."
+    )
 
 
 def _gate(tolerances: dict[str, Any]) -> str:
@@ -131,17 +187,28 @@ def _giga(count: float) -> str:
     return f"{count / 1e9:.1f}"
 
 
+RENDER = {"step": render, "parts": parts.render, "trace": trace.render}
+
+
 def generated(folder: Path = RESULTS) -> str:
     """A table for each file of results/, and what no file holds yet, as it stands between the markers."""
-    parts = [render(_read(file)) for file in sorted(folder.glob("step-*.json"))]
-    parts += [kernel_table.render(_read(file)) for file in sorted(folder.glob("kernels-*.json"))]
-    missing = [device.unmeasured for device in DEVICES.values() if not (folder / f"step-{device.name}.json").exists()]
+    pieces = [draw(_read(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
+    pieces += [kernel_table.render(_read(file)) for file in sorted(folder.glob("kernels-*.json"))]
     kernels = [device for device in DEVICES.values() if not (folder / f"kernels-{device.name}.json").exists()]
-    if missing or kernels:
-        lines = [f"- {text}" for text in (*missing, *(device.kernels.unmeasured for device in kernels))]
-        parts.append("\n".join(["### Not yet measured\n", *lines]) + "\n")
-    parts += [kernel_table.predictions(device) for device in kernels if device.kernels.expected]
-    return "\n".join(parts)
+    if missing := [*unmeasured(folder), *(device.kernels.unmeasured for device in kernels)]:
+        pieces.append("\n".join(["### Not yet measured\n", *(f"- {text}" for text in missing)]) + "\n")
+    pieces += [kernel_table.predictions(device) for device in kernels if device.kernels.expected]
+    return "\n".join(pieces)
+
+
+def unmeasured(folder: Path) -> list[str]:
+    """A line for each planned file that is not there."""
+    return [
+        f"{_WHAT[key[0]]}: {MODELS[key[2]].title} in {DEVICES[key[1]].dtype} on {DEVICES[key[1]].title}, pairs as long "
+        f"as {PROFILES[key[3]].title}'s (`{command}`)"
+        for key, command in PLANNED.items()
+        if not (folder / file_name(*key)).exists()
+    ]
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -149,22 +216,46 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def summary(folder: Path = RESULTS) -> str:
-    """The front page's tables: each file's runs in one line each, without their details, and a GPU's kernels."""
-    parts = []
-    for file in sorted(folder.glob("step-*.json")):
+    """The front page: a table a device and model, contenders as columns, and a GPU's kernels."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in in_order("step", folder):
         result = _read(file)
-        work, machine = result["workload"], result["machine"]
-        spans = list(result["formula_flops_per_pair"])
-        rows = [[name, *_run(row, spans)[1:-1]] for name, row in result["configurations"].items()]
-        words = [span_in_words(span) for span in spans]
-        header = ["", *(f"pairs/s, {s}" for s in words), *(f"GFLOP/pair, {s}" for s in words), "peak MiB"]
-        parts.append(
-            f"{_million(work['parameters']['total'])} Llama, LoRA r={work['lora_rank']}, {work['dtype']}, pairs as "
-            f"long as HH-RLHF's, {machine_in_words(machine)}, {result['date']}:\n\n{table(header, rows)}\n"
-        )
+        groups.setdefault((result["device"], result["model"]), []).append(result)
+    pieces = [_summary_of(results) for results in groups.values()]
     if (kernels := folder / f"kernels-{CUDA.name}.json").exists():
-        parts.append(kernel_table.summary(_read(kernels)))
-    return "\n".join(parts)
+        pieces.append(kernel_table.summary(_read(kernels)))
+    return "\n".join(pieces)
+
+
+def _summary_of(results: list[dict[str, Any]]) -> str:
+    """Profiles below each other: pairs a second over one epoch and over several, and peak memory."""
+    first = results[0]
+    work = first["workload"]
+    names = list(dict.fromkeys(name for result in results for name in result["configurations"]))
+    rows = []
+    for result in results:
+        title = PROFILES[result["profile"]].title
+        lines = {
+            f"{title}, pairs/s, {span_in_words(span)}": ("pairs_per_second", span)
+            for span in result["formula_flops_per_pair"]
+            if span != LATER
+        }
+        if "mfu" in result["configurations"]["fastdpo"]:
+            lines[f"{title}, MFU, 1 epoch"] = ("mfu", "1")
+        lines[f"{title}, peak MiB"] = ("peak_memory", None)
+        for label, (quantity, span) in lines.items():
+            rows.append([label, *(_number(result["configurations"].get(name), quantity, span) for name in names)])
+    title = MODELS[first["model"]].title
+    return (
+        f"{title[0].upper()}{title[1:]}, LoRA r={work['lora_rank']}, {work['dtype']}, "
+        f"{machine_in_words(first['machine'])}, {first['date']}:\n\n{table(['pairs as long as', *names], rows)}\n"
+    )
+
+
+def _number(row: dict[str, Any] | None, quantity: str, span: str | None) -> str:
+    if row is None or "failed" in row:
+        return "failed" if row else ""
+    return f"{row[quantity][span]:.3g}" if span else f"{row[quantity] / 2**20:.0f}"
 
 
 def between_markers(readme: str) -> str:

@@ -1,32 +1,57 @@
-"""What both trainers are given: a random Llama and preference pairs shaped like HH-RLHF, made without a network.
+"""What every trainer is given: a random model and preference pairs as long as a real dataset's, made without a network.
 
-The lengths follow HH-RLHF (a median of 186 tokens a sequence, prompts 2.15 times as long as a response); the tokens are
-random, because cost depends on shapes only. Rows are text over a word-level vocabulary rather than token ids: TRL 1.16
-tokenizes whatever it is given, so both trainers read the same text and do that work.
+A profile has the dataset's median length and its ratio of prompt to response; the tokens are random, because cost
+depends on shapes only. Rows are text over a word-level vocabulary rather than token ids: TRL 1.16 tokenizes whatever it
+is given, so both trainers read the same text and do that work.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import exp
 from statistics import NormalDist, median
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.models import Model
+
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 VOCABULARY = 32_000  # words of the rows; a model may have room for more
 PAD, END, FIRST_WORD = 0, 1, 2  # token ids; every id from FIRST_WORD on is a word `w<id>`
-MAX_LENGTH = 1024  # the default of both trainers; no row is longer, so truncation never enters
+ROOM_STEP = 1024  # `max_length` of both trainers is a multiple of it: their default for short rows
 
-MEDIAN_TOTAL = 186  # tokens of prompt plus one response, EOS included
-PROMPT_TO_RESPONSE = 2.15
-# Spread of log length and the correlation between a pair's two responses. A sample of 88 HH-RLHF pairs has spreads of
-# 0.89 (prompt) and 1.02 (response) and a correlation of 0.43. 0.8 is narrower: it pads TRL's batches less, not more.
-LOG_SPREAD = 0.8
-RESPONSE_CORRELATION = 0.43
+
+@dataclass(frozen=True)
+class Profile:
+    """How long the pairs of a dataset are. Medians and ratios as published with dpo-prefix-sharing."""
+
+    name: str  # of --profile and of results/
+    title: str
+    median_total: int  # tokens of prompt plus one response, EOS included
+    prompt_to_response: float
+    log_spread: float  # standard deviation of the log of a prompt's and of a response's length
+
+    @property
+    def tokens_per_pair(self) -> float:
+        """A typical pair's, its prompt once."""
+        response = self.median_total / (1 + self.prompt_to_response)
+        return self.median_total + response
+
+
+# Spread. A sample of 88 HH-RLHF pairs has 0.89 (prompt) and 1.02 (response); 0.8 is narrower: it pads TRL's batches
+# less, not more. Of the other chats no sample was at hand: 0.6, narrower again for the same reason. TL;DR's posts are
+# cut at 512 tokens and its summaries were picked between 24 and 48: 0.3.
+_PROFILES = (
+    Profile("hh-rlhf", "HH-RLHF", 186, 2.15, 0.8),
+    Profile("ultrafeedback", "UltraFeedback", 409, 0.42, 0.6),
+    Profile("capybara", "Capybara", 1160, 1.59, 0.6),
+    Profile("tldr", "TL;DR", 416, 11.14, 0.3),
+    Profile("helpsteer", "HelpSteer", 775, 6.34, 0.6),
+)
+PROFILES = {profile.name: profile for profile in _PROFILES}
+RESPONSE_CORRELATION = 0.43  # between the log lengths of a pair's two responses, in the same sample of HH-RLHF
 
 
 @dataclass(frozen=True)
@@ -38,8 +63,8 @@ class PairLengths:
     rejected: int
 
 
-def pair_lengths(pairs: int, seed: int = 0) -> list[PairLengths]:
-    """Log-normal lengths at evenly spaced quantiles, so that even 24 pairs have the profile's median and spread."""
+def pair_lengths(profile: Profile, pairs: int, seed: int = 0) -> list[PairLengths]:
+    """Log-normal lengths at evenly spaced quantiles, so that even 16 pairs have the profile's median and spread."""
     rng = random.Random(seed)
     normal = NormalDist()
 
@@ -49,23 +74,31 @@ def pair_lengths(pairs: int, seed: int = 0) -> list[PairLengths]:
         return quantiles
 
     prompt, chosen, own = shuffled_quantiles(), shuffled_quantiles(), shuffled_quantiles()
-    rho = RESPONSE_CORRELATION
+    rho, spread = RESPONSE_CORRELATION, profile.log_spread
     rejected = [rho * c + (1 - rho**2) ** 0.5 * o for c, o in zip(chosen, own, strict=True)]
-    response_median = MEDIAN_TOTAL / (1 + PROMPT_TO_RESPONSE)
-    prompts = [PROMPT_TO_RESPONSE * response_median * exp(LOG_SPREAD * z) for z in prompt]
-    responses = [[response_median * exp(LOG_SPREAD * z) for z in side] for side in (chosen, rejected)]
+    response_median = profile.median_total / (1 + profile.prompt_to_response)
+    prompts = [profile.prompt_to_response * response_median * exp(spread * z) for z in prompt]
+    responses = [[response_median * exp(spread * z) for z in side] for side in (chosen, rejected)]
     # The shuffles leave ratio and median a few percent off; two scale factors put them on the profile exactly.
     ratio = 2 * sum(prompts) / sum(responses[0] + responses[1])
-    prompts = [p * PROMPT_TO_RESPONSE / ratio for p in prompts]
+    prompts = [p * profile.prompt_to_response / ratio for p in prompts]
     totals = [p + r for side in responses for p, r in zip(prompts, side, strict=True)]
-    scale = MEDIAN_TOTAL / median(totals)
-    rows = zip(prompts, *responses, strict=True)
-    return [_clipped(scale * p, scale * c, scale * r) for p, c, r in rows]
+    scale = profile.median_total / median(totals)
+    return [
+        PairLengths(max(1, round(scale * p)), max(2, round(scale * c)), max(2, round(scale * r)))
+        for p, c, r in zip(prompts, *responses, strict=True)
+    ]
 
 
-def _clipped(prompt: float, chosen: float, rejected: float) -> PairLengths:
-    sides = [min(max(2, round(side)), MAX_LENGTH // 2) for side in (chosen, rejected)]
-    return PairLengths(min(max(1, round(prompt)), MAX_LENGTH - max(sides)), *sides)
+def room_for(lengths: list[PairLengths]) -> int:
+    """`max_length` of both trainers and positions of the model: no row is longer, so nothing is ever truncated."""
+    longest = max(pair.prompt + max(pair.chosen, pair.rejected) for pair in lengths)
+    return -(-longest // ROOM_STEP) * ROOM_STEP
+
+
+def sequence_tokens(lengths: list[PairLengths]) -> int:
+    """Tokens of all sequences, a prompt in both of its pair's and padding in none: the same for every trainer."""
+    return sum(2 * pair.prompt + pair.chosen + pair.rejected for pair in lengths)
 
 
 def text_rows(lengths: list[PairLengths], seed: int = 0) -> list[dict[str, str]]:
@@ -101,44 +134,26 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
 
 
-def model_config(shape: Mapping[str, int]) -> LlamaConfig:
-    from transformers import LlamaConfig
+def model_config(model: Model, room: int) -> PretrainedConfig:
+    """Of `room` positions; attention sees all of them."""
+    from transformers import AutoConfig
 
-    options: dict[str, Any] = {"tie_word_embeddings": True, "pad_token_id": PAD, "eos_token_id": END, **shape}
-    return LlamaConfig(bos_token_id=None, **options)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    options: dict[str, Any] = {name: getattr(model, name) for name in sizes}
+    options |= {"num_key_value_heads": model.num_key_value_heads, "tie_word_embeddings": model.tie_word_embeddings}
+    options |= {"max_position_embeddings": room, "pad_token_id": PAD, "eos_token_id": END, "bos_token_id": None}
+    options |= {"sliding_window": None} if model.family == "mistral" else {}  # the others have none by themselves
+    return AutoConfig.for_model(model.family, **options)
 
 
-def build_model(shape: Mapping[str, int], dtype: str, place: str, seed: int = 0) -> PreTrainedModel:
+def build_model(
+    model: Model, room: int, dtype: str, place: str, attention: str | None = None, seed: int = 0
+) -> PreTrainedModel:
     """Random weights of that dtype, drawn where they stay: the same for the same seed, place and machine."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     with torch.device(place):
-        return AutoModelForCausalLM.from_config(model_config(shape), dtype=getattr(torch, dtype))
-
-
-def parameter_counts(config: LlamaConfig) -> dict[str, int]:
-    """Parameters by part, by arithmetic: the head is the embedding again when they are tied."""
-    embedding = config.vocab_size * config.hidden_size
-    norms = (2 * config.num_hidden_layers + 1) * config.hidden_size
-    trunk = config.num_hidden_layers * sum(i * o for i, o in layer_linears(config).values()) + norms
-    head = 0 if config.tie_word_embeddings else embedding
-    return {"trunk": trunk, "embedding": embedding, "untied_head": head, "total": trunk + embedding + head}
-
-
-def layer_linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of a Llama layer's linear modules: what "all-linear" LoRA adapts."""
-    hidden, wide = config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries = config.num_attention_heads * head_dim
-    keys = (config.num_key_value_heads or config.num_attention_heads) * head_dim
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, wide),
-        "up_proj": (hidden, wide),
-        "down_proj": (wide, hidden),
-    }
+        config = model_config(model, room)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)

@@ -10,21 +10,22 @@ The function is registered with transformers under a name of its own and set on 
 given. Checkpointed blocks run again in the backward, outside of that context; `checkpoint_contexts` gives them the same
 one.
 
-Backend: scaled_dot_product_attention segment by segment, plain matrix products where a logit softcap asks for them.
+What computes it is chosen in attention_backends.py, call by call, from the call's own dtype: what `attn_implementation`
+asks for travels with the segments as a keyword.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
+from fastdpo.attention_backends import BACKENDS, DESCRIPTIONS, Facts, Scores, choose, device_facts, facts_of
 from fastdpo.batch import Segments
 
 NAME = "fastdpo_prefix"
@@ -32,10 +33,18 @@ NAME = "fastdpo_prefix"
 
 @dataclass
 class Calls:
-    """How often `prefix_attention` ran, and the sliding windows that it was handed."""
+    """The calls of `prefix_attention`: what each one's backend was chosen by."""
 
-    count: int = 0
-    windows: list[int] = field(default_factory=list)
+    facts: list[Facts] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return len(self.facts)
+
+    @property
+    def windows(self) -> list[int]:
+        """The sliding windows that layers handed over."""
+        return [facts.window for facts in self.facts if facts.window is not None]
 
 
 _counters: list[Calls] = []
@@ -54,34 +63,39 @@ def prefix_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    asked_attention: str | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """-> (1, T, Hq, dv), None. Raises CannotPack where a segment's answer would be wrong."""
+    """-> (1, T, Hq, dv), None. Raises CannotPack where a segment's answer would be wrong, and Refused where what was
+    asked for cannot compute it.
+
+    `segments` cover every token of the row: one outside of them would get no answer, and gradients that are not
+    numbers. `s_aux` are attention sinks, (Hq,).
+    """
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux, dropout)
+    facts = facts_of(query, value, scores, asked_attention)
     for counter in _counters:
-        counter.count += 1
-        counter.windows += [] if sliding_window is None else [sliding_window]
+        counter.facts.append(facts)
     if segments is None:
         raise CannotPack(f"{type(module).__name__} does not hand keyword arguments on to its attention")
-    if s_aux is not None or attention_mask is not None:
-        raise CannotPack(
-            f"{type(module).__name__} adds {'sinks' if s_aux is not None else 'a mask of its own'} to its attention"
-        )
-    key, value = key[:, :, segments.key_index], value[:, :, segments.key_index]
-    outputs = []
-    queries = query.split(segments.query_lengths, dim=2)
-    keys, values = key.split(segments.key_lengths, dim=2), value.split(segments.key_lengths, dim=2)
-    for q, k, v in zip(queries, keys, values, strict=True):
-        window = sliding_window if sliding_window is not None and sliding_window < k.shape[2] else 0
-        if softcap is not None:
-            outputs.append(_softcapped(q, k, v, _mask(segments, q, k, window), scaling, softcap, dropout))
-        elif q.shape[2] == k.shape[2] and not window:
-            outputs.append(_sdpa(q, k, v, scaling, dropout, is_causal=True))
-        else:
-            outputs.append(_sdpa(q, k, v, scaling, dropout, attn_mask=_mask(segments, q, k, window)))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    if attention_mask is not None:
+        raise CannotPack(f"{type(module).__name__} adds a mask of its own to its attention")
+    if sliding_window is not None and sliding_window >= max(segments.key_lengths):
+        scores, facts = replace(scores, window=None), replace(facts, window=None)
+    backend, _ = choose(facts)
+    query, key, value = (tensor.to(facts.dtype) for tensor in (query, key, value))
+    result = BACKENDS[backend](query, _gathered(key, segments), _gathered(value, segments), segments, scores)
+    return result.transpose(1, 2).contiguous(), None
+
+
+def _gathered(tensor: Tensor, segments: Segments) -> Tensor:
+    """(1, Hkv, K, d): what belongs to a prompt stands there twice, and its gradient is the sum of two."""
+    if tensor.is_cuda:
+        return tensor.index_select(2, segments.key_index)  # indexing would sort in the backward
+    return tensor[:, :, segments.key_index]  # index_add goes row by row on a CPU
 
 
 AttentionInterface.register(NAME, prefix_attention)
@@ -133,34 +147,28 @@ def packed_calls() -> Iterator[Calls]:
         _counters.pop()
 
 
-def backend_report() -> list[tuple[str, str]]:
-    """Which way packed attention goes on this machine, and why: rows of (what, path)."""
-    return [
-        ("packed attention", "torch scaled_dot_product_attention, segment by segment: the only backend of this version")
+def asked_attention(model: PreTrainedModel) -> str | None:
+    """The implementation that a model came with, None where that is transformers' own choice."""
+    name = model.config.get_text_config()._attn_implementation
+    return None if name == "sdpa" or name == "eager" and not model._supports_sdpa else name
+
+
+def backend_report(seen: Sequence[Facts] = ()) -> list[tuple[str, str]]:
+    """Rows of (what, path and why): of the calls seen in a model, or of usual ones on this machine."""
+    return list(dict.fromkeys(_row(facts) for facts in seen or _usual_facts()))
+
+
+def _row(facts: Facts) -> tuple[str, str]:
+    backend, why = choose(facts)
+    special = [
+        name for name, on in (("windows", facts.window), ("softcap", facts.softcap), ("sinks", facts.sinks)) if on
     ]
+    under = f"with {' and '.join(special)}: " if special else ""
+    return "packed attention", f"{under}{DESCRIPTIONS[backend]} ({why})"
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, dropout: float, **mask: Any) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=grouped, **mask)
-
-
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float, dropout: float
-) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    probs = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
-    return torch.dropout(probs, dropout, train=True) @ v
-
-
-def _mask(segments: Segments, q: Tensor, k: Tensor, window: int) -> Tensor:
-    """(Lq, Lk) bool, True where attended; made once a batch and length, then shared by the layers."""
-    what = (q.device, q.shape[2], k.shape[2], window)
-    if what not in segments.masks:
-        last = k.shape[2] - q.shape[2]  # the key that the first query stands on
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(last)
-        segments.masks[what] = mask.triu(last - window + 1) if window else mask
-    return segments.masks[what]
+def _usual_facts() -> list[Facts]:
+    """bf16, fp32, and bf16 under a softcap, on the device that training would take."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    half, full = (device_facts(device, dtype) for dtype in (torch.bfloat16, torch.float32))
+    return [half, full, replace(half, softcap=True)]

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -141,25 +141,89 @@ def pad(pairs: Sequence[Pair], keys: Sequence[bytes] = (), pad_token_id: int = 0
     return PreferenceBatch(input_ids, None, attention_mask, None, rows, **_scored(pairs, keys))
 
 
-def microbatches(lengths: Sequence[int], max_pairs: int, max_tokens: int | None) -> list[list[int]]:
-    """Groups the pairs of an optimizer batch, given each pair's tokens: -> indices of each group.
+def microbatches(
+    lengths: Sequence[int], max_pairs: int, max_tokens: int | None, padded: bool = False
+) -> list[list[int]]:
+    """Groups the pairs of an optimizer batch, given what each costs in tokens: -> indices of each group, the costliest
+    group first, so that the worst case comes first.
 
-    Without a token budget, neighbours by length in groups of `max_pairs`, longest first so that the worst case comes
-    first. With one, as many as fit it; a pair longer than the budget goes alone. Gradients do not depend on the
-    grouping.
+    With a token budget: as few groups as first-fit finds, their tokens balanced; a pair beyond the budget goes alone.
+    Without one, or `padded`, where a group costs its longest pair times its number of pairs: neighbours by length, at
+    most `max_pairs` of them without a budget. Gradients do not depend on the grouping.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    if max_tokens is None:
-        return [order[i : i + max_pairs] for i in range(0, len(order), max_pairs)]
+    if max_tokens is not None and not padded:
+        return _balanced(lengths, order, max_tokens)
     groups: list[list[int]] = []
     room = 0
     for index in order:
-        if not groups or lengths[index] > room:
+        if room == 0:
             groups.append([])
-            room = max_tokens
+            room = max_pairs if max_tokens is None else max(1, max_tokens // max(1, lengths[index]))
         groups[-1].append(index)
-        room -= lengths[index]
+        room -= 1
     return groups
+
+
+def _balanced(lengths: Sequence[int], order: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """First-fit decreasing says how many groups; each pair then goes to the emptiest, if all still fit that way."""
+    fitted: list[list[int]] = []
+    loads: list[int] = []
+    for index in order:
+        place = next((g for g, load in enumerate(loads) if load + lengths[index] <= max_tokens), len(loads))
+        if place == len(loads):
+            fitted.append([])
+            loads.append(0)
+        fitted[place].append(index)
+        loads[place] += lengths[index]
+    even: list[list[int]] = [[] for _ in fitted]
+    loads = [0] * len(fitted)
+    for index in order:
+        place = loads.index(min(loads))
+        even[place].append(index)
+        loads[place] += lengths[index]
+    fits = all(len(group) == 1 or load <= max_tokens for group, load in zip(even, loads, strict=True))
+    groups = even if fits else fitted
+    return sorted(groups, key=lambda group: -sum(lengths[index] for index in group))
+
+
+class Tokens(NamedTuple):
+    """A pair's token ids, as read back from a batch."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def pairs_of(batch: PreferenceBatch) -> list[Tokens]:
+    """The pairs that a batch on the CPU was made of.
+
+    Padded, an empty prompt before two responses that start alike comes back as a prompt of that one token: both make
+    the same batch.
+    """
+    if batch.segments is None:
+        return _padded_pairs(batch)
+    ids = batch.input_ids[0].tolist()
+    pairs, start = [], 0
+    queries, keys = batch.segments.query_lengths, batch.segments.key_lengths
+    for both, rejected, seen in zip(queries[::2], queries[1::2], keys[1::2], strict=True):
+        prompt, fork, end = start + seen - rejected, start + both, start + both + rejected
+        pairs.append(Tokens(ids[start:prompt], ids[prompt:fork], ids[fork:end]))
+        start = end
+    return pairs
+
+
+def _padded_pairs(batch: PreferenceBatch) -> list[Tokens]:
+    assert batch.attention_mask is not None
+    lengths = batch.attention_mask.sum(1).tolist()
+    rows = [row[:length] for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+    scored = batch.cu_seqlens.diff().tolist()
+    pairs = []
+    for chosen, rejected, count in zip(rows[::2], rows[1::2], scored[::2], strict=True):
+        prompt = len(chosen) - count
+        prompt -= chosen[:prompt] != rejected[:prompt]  # nothing predicts the first token after an empty prompt
+        pairs.append(Tokens(chosen[:prompt], chosen[prompt:], rejected[prompt:]))
+    return pairs
 
 
 def _scored(pairs: Sequence[Pair], keys: Sequence[bytes]) -> dict[str, Any]:

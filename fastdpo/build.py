@@ -5,6 +5,7 @@ Cheap checks come first, so that bad input is refused before a model loads.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.trainer_callback import CallbackHandler
 
 from fastdpo.attention import backend_report
+from fastdpo.attention_backends import check_asked
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, prepare_tokenizer, tokenize_pairs
 from fastdpo.layout import Layout, find_layout, probe_pairs
@@ -40,6 +42,7 @@ from fastdpo.model import (
     refuse_load_options,
 )
 from fastdpo.reference import NoReference, Reference, find_reference
+from fastdpo.reference_cache import remember
 from fastdpo.step import MeanReward
 from fastdpo_kernels import linear_logps, pair_loss
 from fastdpo_kernels.pair_loss import PairwiseLoss
@@ -61,6 +64,7 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
             "ref_model is the same object as model, or shares its parameters, so it would train along: leave "
             "ref_model out (the reference is then model as it is now), or give a copy"
         )
+    check_asked(config.attn_implementation, config.device, compute_dtype(config))
     check_model(model, "model", config)
     if ref_model is not None:
         if not needs_reference(config):
@@ -188,6 +192,33 @@ def build_reference(
     return find_reference(policy, ref_policy, probe, config.ld_alpha)
 
 
+def remember_reference(
+    reference: Reference | NoReference,
+    tables: Mapping[str, Table | None],
+    policy: Policy,
+    layout: Layout,
+    config: DPOConfig,
+    model: Model | None,
+    ref_model: Model | None,
+) -> None:
+    """With `precompute_ref_log_probs` or `ref_log_probs`: log-probs of all rows, after which a reference model of its
+    own is freed.
+    """
+    if isinstance(reference, NoReference) or not (config.precompute_ref_log_probs or config.ref_log_probs):
+        return
+    source = model if ref_model is None else ref_model
+    given = {name: table for name, table in tables.items() if table is not None}
+    complete = remember(reference, given, layout, config, source if isinstance(source, str) else None)
+    if not complete or reference.policy is policy:
+        return
+    reference.free()
+    if isinstance(ref_model, nn.Module) and config.device.type != "cpu":
+        ref_model.to("cpu")  # type: ignore[arg-type] # whoever gave it may hold on to it
+    gc.collect()
+    torch.cuda.empty_cache()
+    logger.info("reference: freed, as all of its log-probs are known")
+
+
 def build_mean_reward(loss: PairwiseLoss, config: DPOConfig) -> MeanReward | None:
     """The running mean, where the loss compares rewards with one."""
     if not config.bco_running_mean or not sees_mean_reward(loss):
@@ -282,7 +313,7 @@ def describe(policy: Policy, layout: Layout, reference: Reference | NoReference,
     if config.attn_implementation and layout.packed:
         logger.info("attention outside of packed batches (generation): %s, as asked for", config.attn_implementation)
     kernels = linear_logps.method_report(config.device), pair_loss.method_report(config.device)
-    for name, path in (*kernels[0], *kernels[1], *(backend_report() if layout.packed else [])):
+    for name, path in (*kernels[0], *kernels[1], *(backend_report(layout.attention) if layout.packed else [])):
         logger.info("%s: %s", name, path)
     weights = config.loss_weights or [1] * len(config.loss_type)
     losses = " + ".join(f"{weight:g} {name}" for name, weight in zip(loss_names(config), weights, strict=True))

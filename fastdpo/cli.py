@@ -1,4 +1,4 @@
-"""The command line: `fastdpo train`, `fastdpo doctor`, `fastdpo demo`.
+"""The command line: `fastdpo train`, `fastdpo plan`, `fastdpo reference`, `fastdpo doctor`, `fastdpo demo`.
 
 Every field of DPOConfig is an option of `fastdpo train`, written as `--flag`, `--flag true` or `--no_flag`, as a list
 of words, or as JSON for a dict. A YAML file given with `--config` holds the same options: its lines become arguments
@@ -12,7 +12,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_hints
@@ -33,12 +35,13 @@ _REFUSED_INPUTS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"train": train, "doctor": doctor, "demo": demo}
+    commands = {"train": train, "plan": plan, "reference": reference, "doctor": doctor, "demo": demo}
     parser = argparse.ArgumentParser(
         prog="fastdpo",
         description="Train language models from preference pairs.",
-        epilog="train: a model and a file of pairs; doctor: what this machine can do; demo: the whole way in a few "
-        "minutes, without GPU or network. `fastdpo train --help` lists the options.",
+        epilog="train: a model and a file of pairs; plan: where its memory would go; reference: its reference "
+        "log-probs alone; doctor: what this machine can do; demo: the whole way in a few minutes, without GPU or "
+        "network. `fastdpo train --help` lists the options.",
     )
     parser.add_argument("--version", action="version", version=_version("fastdpo"))
     parser.add_argument("command", choices=commands)
@@ -54,10 +57,22 @@ def demo(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> int:
     """Trains from the options in `argv`; bad input gives one line and exit code 1, a misspelt option 2."""
-    parser = training_parser()
-    inputs, options = parse_training(parser, argv)
+    return _run(_train, *parse_training(training_parser(), argv))
+
+
+def plan(argv: list[str]) -> int:
+    """Prints where the memory of a run would go, from the model's config alone; 0 if it fits, 1 if it does not."""
+    return _run(_plan, *parse_training(training_parser("plan"), argv))
+
+
+def reference(argv: list[str]) -> int:
+    """Computes reference log-probs alone and writes, or adds to, a file that `ref_log_probs` reads."""
+    return _run(_reference, *parse_training(training_parser("reference"), argv))
+
+
+def _run(command: Callable[..., int | None], inputs: argparse.Namespace, options: dict[str, Any]) -> int:
     try:
-        _train(inputs, options)
+        return command(inputs, options) or 0
     except (ValueError, OSError, ImportError) as error:
         if inputs.traceback:
             raise
@@ -69,7 +84,6 @@ def train(argv: list[str]) -> int:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"fastdpo: error: {text} (--traceback shows where)", file=sys.stderr)
         return 1
-    return 0
 
 
 def _train(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -92,6 +106,62 @@ def _train(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
     print(f"model saved to {config.output_dir}")
     for name, value in result.metrics.items():
         print(f"{name:28} {value:.6g}" if isinstance(value, float) else f"{name:28} {value}")
+
+
+def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
+    import torch
+
+    from fastdpo import build, memory
+    from fastdpo.config import DPOConfig
+    from fastdpo.messages import show_messages
+    from fastdpo.model import check_model, load_model_config
+    from fastdpo_kernels import launch
+
+    show_messages()
+    here = torch.cuda.is_available()
+    if not here and inputs.gpu_memory is None:
+        raise ValueError("there is no GPU here to plan for: give --gpu_memory, such as --gpu_memory 24GiB.")
+    if not here and not {"bf16", "fp16"} & set(options):
+        options = {**options, "bf16": True}  # as on the card
+    config = DPOConfig(**options)
+    check_model(inputs.model, "model", config)
+    device = launch.device_of(torch.device("cuda")) if here else launch.EXAMPLES["RTX 4090"]
+    device = dataclasses.replace(device, memory_bytes=inputs.gpu_memory or device.memory_bytes)
+    tables = []
+    if inputs.train_dataset is not None:
+        folder = Path(inputs.model).parent if Path(inputs.model).is_file() else inputs.model
+        tokenizer = build.find_tokenizer(None, str(folder), config)
+        rows, _ = _datasets(inputs, config)
+        tables = [build.build_table(rows, tokenizer, config, "train", config.dataset_train_split)]
+    made = memory.plan_memory(
+        load_model_config(inputs.model, config),
+        config,
+        memory=device.memory_bytes,
+        device=device,
+        ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config),
+        lengths=memory.PairLengths.of_tables(tables, config),
+    )
+    print("\n".join(made.lines()))
+    return 0 if made.fits else 1
+
+
+def _reference(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
+    from fastdpo.config import DPOConfig
+    from fastdpo.messages import show_messages
+
+    show_messages()
+    if "ref_log_probs" in options:
+        raise ValueError("ref_log_probs is a file to train with: fastdpo reference writes to --output.")
+    ours: dict[str, Any] = {"precompute_ref_log_probs": True, "ref_log_probs": inputs.output, "report_to": "none"}
+    with tempfile.TemporaryDirectory() as nothing:  # goes into it
+        config = DPOConfig(**{**options, **ours, "output_dir": nothing})
+        train_dataset, eval_dataset = _datasets(inputs, config)
+        from fastdpo import DPOTrainer
+
+        trainer = DPOTrainer(
+            inputs.model, inputs.ref_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
+    print(f"reference log-probs of {trainer.reference.known_rows} rows are in {inputs.output}")
 
 
 def _datasets(inputs: argparse.Namespace, config: "DPOConfig") -> tuple[Any, Any]:
@@ -134,20 +204,35 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"{where}unknown option {name!r}{nearest(name, self.names)}")
 
 
-def training_parser() -> _Parser:
-    """The options of `fastdpo train`: inputs, then DPOConfig's by topic; those that do not work are hidden."""
+# Command -> what it writes, and what it does, for its help.
+_COMMANDS = {
+    "train": ("--output_dir OUT", "Train a causal language model from preference pairs."),
+    "plan": ("--gpu_memory SIZE", "Print where a run's memory would go; exit code 0 if it fits, 1 if it does not."),
+    "reference": ("--output FILE", "Compute reference log-probs alone, for --ref_log_probs FILE of many runs."),
+}
+
+
+def training_parser(command: str = "train") -> _Parser:
+    """The options of a command: inputs, then DPOConfig's by topic; those that do not work are hidden."""
     from fastdpo.config import DPOConfig
     from fastdpo.verdicts import VERDICTS
 
     parser = _Parser(
-        prog="fastdpo train",
-        usage="fastdpo train --model MODEL --train_dataset ROWS --output_dir OUT [options]",
+        prog=f"fastdpo {command}",
+        usage=f"fastdpo {command} --model MODEL --train_dataset ROWS {_COMMANDS[command][0]} [options]",
         epilog="A true-or-false option takes --name, --name true, --name false or --no_name.",
-        description="Train a causal language model from preference pairs.",
+        description=_COMMANDS[command][1],
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
         allow_abbrev=False,
     )
-    _add_inputs(parser.add_argument_group("inputs"))
+    inputs = parser.add_argument_group("inputs")
+    _add_inputs(inputs)
+    if command == "plan":
+        inputs.add_argument(
+            "--gpu_memory", type=_bytes, metavar="SIZE", help="memory of the card, as 24GiB (default: the GPU here)"
+        )
+    if command == "reference":
+        inputs.add_argument("--output", metavar="FILE", help="the file to write, or to add rows to")
     fields = {field.name: field for field in dataclasses.fields(DPOConfig)}
     hints = get_type_hints(DPOConfig)
     topics = {verdict.topic: parser.add_argument_group(verdict.topic) for verdict in VERDICTS.values() if verdict.topic}
@@ -239,6 +324,15 @@ def _truth(text: str) -> bool | None:
     return words[text.lower()]
 
 
+def _bytes(text: str) -> int:
+    """24GiB, 24GB or 24000MiB; a number alone is of GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB|)", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"expected a size such as 24GiB, got {text!r}")
+    units = {"": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+    return int(float(found[1]) * units[found[2].lower()])
+
+
 def _loose(text: str) -> Any:
     """A value of an option without a declared type: JSON where it is JSON, else the text."""
     try:
@@ -271,9 +365,12 @@ def parse_training(parser: _Parser, argv: list[str]) -> tuple[argparse.Namespace
         "traceback",
     )
     inputs = argparse.Namespace(**{name: options.pop(name) for name in names})
-    for name in ("model", "train_dataset"):
-        if getattr(inputs, name) is None:
-            parser.error(f"--{name} is missing: fastdpo train --model MODEL --train_dataset ROWS --output_dir OUT")
+    needed = {"model", "output"} if "gpu_memory" in options else {"model", "train_dataset", "output"}
+    for name in {"output", "gpu_memory"} & set(options):
+        setattr(inputs, name, options.pop(name))
+    for name, value in vars(inputs).items():
+        if name in needed and value is None:
+            parser.error(f"--{name} is missing: {(parser.usage or '').removesuffix(' [options]')}")
     return inputs, options
 
 

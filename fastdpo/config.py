@@ -113,7 +113,9 @@ class DPOConfig(TrainingArguments):
     model_revision: str = _option("main", "Branch, tag or commit of the model to load.")
     trust_remote_code: bool = _option(False, "Run code that comes with the model or its tokenizer.")
     dtype: str = _option("auto", "Dtype of weights that do not train; auto is the one that computes")
-    attn_implementation: str | None = _option(None, "Attention for models that cannot take packed pairs.")
+    attn_implementation: str | None = _option(
+        None, "Attention: sdpa is torch's, chosen by the facts; eager, flash_attention_2; others run on padded batches"
+    )
     model_init_kwargs: dict | str | None = _option(None, "More arguments for from_pretrained, as JSON.")
     rope_scaling: dict | str | None = _option(None, "RoPE scaling for lengths beyond the learned ones, as JSON.")
     disable_dropout: bool = _option(True, "Train without dropout, LoRA's included.")
@@ -157,6 +159,15 @@ class DPOConfig(TrainingArguments):
     use_weighting: bool = _option(False, "Weight pairs by how likely the policy would write them (WPO).")
     reference_free: bool = _option(False, "Count the reference's log-probs as 0; it never runs.")
 
+    # Reference
+    precompute_ref_log_probs: bool = _option(
+        False, "Run the reference over all rows before training, once for all runs that share it, and free its model."
+    )
+    precompute_ref_batch_size: int | None = _option(None, "Pairs a pass of it; unset: by tokens, as in training.")
+    ref_log_probs: str | None = _option(
+        None, "File that keeps reference log-probs; unset: one in the cache. Alone, it must have all rows."
+    )
+
     # Memory
     max_tokens_per_microbatch: int | None = _option(
         None,
@@ -185,8 +196,6 @@ class DPOConfig(TrainingArguments):
     sync_ref_model: bool = _later(False)
     ref_model_mixup_alpha: float = _later(0.9)
     ref_model_sync_steps: int = _later(64)
-    precompute_ref_log_probs: bool = _later(False)
-    precompute_ref_batch_size: int | None = _later(None)
     router_aux_loss_coef: float | None = _later(None)
     activation_offloading: bool = _later(False)
     generate_during_eval: bool = _later(False)
@@ -232,7 +241,7 @@ class DPOConfig(TrainingArguments):
             setattr(self, name, [value] if single else list(value) if isinstance(value, tuple) else value)
         for name in _DICTS:
             setattr(self, name, _dict_of(name, getattr(self, name)))
-        for name in ("output_dir", "logging_dir"):
+        for name in ("output_dir", "logging_dir", "ref_log_probs"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
         if isinstance(self.dtype, torch.dtype):
@@ -264,6 +273,7 @@ class DPOConfig(TrainingArguments):
         self._check_choices()
         self._check_ranges()
         self._check_losses()
+        self._check_reference()
         self._check_combinations()
 
     def _check_supported(self) -> None:
@@ -324,6 +334,20 @@ class DPOConfig(TrainingArguments):
         check_idle_options(self, _defaults(DPOConfig))
         pairwise_loss(self)
 
+    def _check_reference(self) -> None:
+        from fastdpo.losses import pairwise_loss, sees_reference
+
+        ahead = self.ref_log_probs or self.precompute_ref_log_probs
+        if ahead and (self.reference_free or not sees_reference(pairwise_loss(self))):
+            name = "ref_log_probs" if self.ref_log_probs else "precompute_ref_log_probs"
+            why = "reference_free=True" if self.reference_free else "a loss_type that sees the policy alone"
+            raise ValueError(f"{name}={ahead!r} has no effect with {why}: leave it out.")
+        if self.precompute_ref_batch_size and not self.precompute_ref_log_probs:
+            raise ValueError(
+                f"precompute_ref_batch_size={self.precompute_ref_batch_size} has no effect without "
+                "precompute_ref_log_probs=True: set that, or leave it out."
+            )
+
     def _check_combinations(self) -> None:
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
             raise ValueError(
@@ -360,6 +384,9 @@ class DPOConfig(TrainingArguments):
                 "gradient_checkpointing_kwargs use_reentrant=True is not supported: packed attention needs the other "
                 "kind; set it to False."
             )
+        compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if getattr(self, name)]
+        if compiles and not self.torch_compile:
+            raise ValueError(f"{compiles[0]}={getattr(self, compiles[0])!r} has no effect without torch_compile=True.")
         if self.logging_dir and not {"tensorboard", "all"} & set(self.report_to or ()):
             raise ValueError("logging_dir is where TensorBoard writes: add report_to='tensorboard', or leave it out.")
         if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):

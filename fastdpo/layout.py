@@ -3,7 +3,8 @@
 Many families accept a custom attention function and silently do without it: ALiBi, attention classes of their own,
 dropped keyword arguments, recurrent layers. So two small pairs go through the model itself and through both layouts
 before training. Packed runs where every layer called our attention and the log-probs are the model's own; padded, with
-the reason said, where they are not.
+the reason said, where they are not. Where the dtype of the run goes to another attention backend than the probe's
+fp32, both are tried.
 
 Legend: P pairs, T tokens.
 """
@@ -13,13 +14,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdpo.attention import CannotPack, packed_calls
+from fastdpo.attention import Calls, CannotPack, packed_calls
+from fastdpo.attention_backends import PACKABLE, Facts, Refused, choose
 from fastdpo.batch import PreferenceBatch, pack, pad
 from fastdpo.data import TokenPair
 from fastdpo.model import Policy, backbone, base_model, input_embedding
@@ -36,13 +38,16 @@ class Layout:
     packed: bool
     reason: str
     pad_token_id: int = 0
+    attention: tuple[Facts, ...] = ()  # packed: what the backend of each kind of layer is chosen by, in the run's dtype
 
     def collate(self, pairs: Sequence[TokenPair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
         return pack(pairs, keys) if self.packed else pad(pairs, keys, self.pad_token_id)
 
     def tokens(self, pair: TokenPair) -> int:
-        """What a pair costs in this layout: its prompt is computed once, or twice."""
-        return pair.length + (0 if self.packed else len(pair.prompt))
+        """What a pair costs in this layout: its prompt once, or two rows of its longer side."""
+        if self.packed:
+            return pair.length
+        return 2 * (len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
 
 
 def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
@@ -51,21 +56,35 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
     Raises ValueError where even the padded layout does not give the model's own log-probs, or where tokens see later
     ones.
     """
-    model = base_model(policy.model)
-    pairs = probe_pairs(input_embedding(model).weight.shape[0])
+    pairs = probe_pairs(input_embedding(policy.model).weight.shape[0])
     training, autocast = policy.training, policy.autocast
-    if all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point()):
-        policy.autocast = None  # the sharper probe, where the weights allow it
+    fp32 = all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point())
+    sharper = fp32 and autocast is not None and policy.asked_attention != "flash_attention_2"  # which takes no fp32
     policy.eval()
     try:
         with torch.no_grad():
-            expected, tolerance = _model_logps(policy, pairs)
-            noise = _check_padded(policy, pad(pairs, pad_token_id=pad_token_id), expected, tolerance)
-            reason = _why_not_packed(policy, pack(pairs), expected, min(tolerance, max(4 * noise, tolerance / 4)))
+            policy.autocast = None if sharper else autocast
+            reason, seen = _try_layouts(policy, pairs, pad_token_id)
+            policy.autocast = autocast
+            if sharper and not reason:
+                there, seen = seen, tuple(replace(facts, dtype=autocast) for facts in seen)
+                if any(choose(one)[0] != choose(other)[0] for one, other in zip(there, seen, strict=True)):
+                    reason, seen = _try_layouts(policy, pairs, pad_token_id)  # the run's own backend, if less sharply
     finally:
         policy.train(training)
         policy.autocast = autocast
-    return Layout(not reason, reason or "every attention layer takes packed segments", pad_token_id)
+    return Layout(not reason, reason or "every attention layer takes packed segments", pad_token_id, seen)
+
+
+def _try_layouts(policy: Policy, pairs: Sequence[TokenPair], pad_token_id: int) -> tuple[str, tuple[Facts, ...]]:
+    """-> why not to pack, "" where nothing is against it, and the kinds of attention calls that packing makes."""
+    expected, tolerance = _model_logps(policy, pairs)
+    noise = _check_padded(policy, pad(pairs, pad_token_id=pad_token_id), expected, tolerance)
+    if policy.asked_attention not in PACKABLE:
+        return f"attn_implementation={policy.asked_attention!r} takes padded batches only", ()
+    with packed_calls() as calls:
+        reason = _why_not_packed(policy, pack(pairs), expected, min(tolerance, max(4 * noise, tolerance / 4)), calls)
+    return reason, tuple(dict.fromkeys(calls.facts))
 
 
 def probe_pairs(vocabulary: int) -> list[TokenPair]:
@@ -121,17 +140,16 @@ def _check_padded(policy: Policy, batch: PreferenceBatch, expected: Tensor, tole
     return error
 
 
-def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float) -> str:
+def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, tolerance: float, calls: Calls) -> str:
     model = base_model(policy.model)
     parameters: dict[str, Any] = dict(inspect.signature(backbone(model).forward).parameters)
     if "position_ids" not in parameters:
         return f"{type(model).__name__} takes no position ids"
     try:
-        with packed_calls() as calls:
-            error = _error(policy, batch, expected)
+        error = _error(policy, batch, expected)
     except CannotPack as refusal:
         return str(refusal)
-    except torch.OutOfMemoryError:
+    except (Refused, torch.OutOfMemoryError):
         raise
     except Exception as failure:  # any code may stumble over our keywords and the missing mask: that is the answer
         return f"{type(model).__name__} fails on a packed batch: {type(failure).__name__}: {failure}"

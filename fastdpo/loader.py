@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fastdpo.batch import PreferenceBatch, microbatches
+from fastdpo.batch import PreferenceBatch, microbatches, pairs_of
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths, row_key
 from fastdpo.layout import Layout
@@ -37,11 +37,18 @@ class Collate:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[PreferenceBatch]:
         pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+        return self._grouped(pairs, [row_key(pair) for pair in pairs] if self.keyed else [])
+
+    def regroup(self, batches: Sequence[PreferenceBatch], max_tokens: int) -> list[PreferenceBatch]:
+        """The same optimizer batch, on the CPU, in micro-batches by another budget."""
+        pairs = [TokenPair(*tokens) for batch in batches for tokens in pairs_of(batch)]
+        return replace(self, max_tokens=max_tokens)._grouped(pairs, [key for batch in batches for key in batch.keys])
+
+    def _grouped(self, pairs: Sequence[TokenPair], keys: Sequence[bytes]) -> list[PreferenceBatch]:
         lengths = [self.layout.tokens(pair) for pair in pairs]
         return [
-            self.layout.collate(group, [row_key(pair) for pair in group] if self.keyed else [])
-            for indices in microbatches(lengths, self.max_pairs, self.max_tokens)
-            for group in [[pairs[index] for index in indices]]
+            self.layout.collate([pairs[i] for i in group], [keys[i] for i in group] if keys else [])
+            for group in microbatches(lengths, self.max_pairs, self.max_tokens, padded=not self.layout.packed)
         ]
 
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastdpo.attention import attention_configs, checkpoint_contexts, packed_attention
+from fastdpo.attention import asked_attention, attention_configs, checkpoint_contexts, packed_attention
 from fastdpo.batch import PreferenceBatch
 from fastdpo.config import DPOConfig
 from fastdpo_kernels.linear_logps import linear_logps
@@ -70,15 +70,26 @@ def load_model(source: Any, config: DPOConfig, adapters: bool) -> PreTrainedMode
     """A name or path -> the model, its weights fit for training adapters or all of it; a loaded one as it is."""
     if not isinstance(source, str):
         return source
-    model_config = _model_config(source, config)
-    _scale_rope(model_config, config.rope_scaling)
     more: Any = config.model_init_kwargs or {}
-    options: dict[str, Any] = {"config": model_config, **_where(config), **more}
+    options: dict[str, Any] = {"config": load_model_config(source, config), **_where(config), **more}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    frozen = compute_dtype(config) if config.dtype == "auto" else DTYPES[config.dtype]
-    options.setdefault("dtype", frozen if adapters or config.dtype != "auto" else torch.float32)
+    options.setdefault("dtype", load_dtype(config, adapters))
     return AutoModelForCausalLM.from_pretrained(source, **options)
+
+
+def load_dtype(config: DPOConfig, adapters: bool) -> torch.dtype:
+    """What weights are loaded in: the dtype that computes where they are frozen under adapters, else fp32."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    return compute_dtype(config) if adapters else torch.float32
+
+
+def load_model_config(name: str, config: DPOConfig) -> Any:
+    """The config of a model by its name or path, with the run's `rope_scaling`."""
+    model_config = _model_config(name, config)
+    _scale_rope(model_config, config.rope_scaling)
+    return model_config
 
 
 def _model_config(name: str, config: DPOConfig) -> Any:
@@ -296,7 +307,7 @@ class Policy(nn.Module):
     """The one module that the engine wraps: a PreferenceBatch in, token log-probs out; backbone and head inside.
 
     `autocast` is the dtype of matrix products, None for the weights' own. `noisy` says that dropout is on in training
-    mode.
+    mode. `asked_attention` is the attention implementation that the model came with, None for the automatic choice.
     """
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None, noisy: bool = False) -> None:
@@ -307,6 +318,7 @@ class Policy(nn.Module):
         self.checkpointed: list[Any] = []  # blocks that checkpoint, while `checkpointing` is on
         self.train(model.training)
         self.configs = attention_configs(model)
+        self.asked_attention = asked_attention(base_model(model))
 
     def forward(self, batch: PreferenceBatch, stats: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
         """-> (N,) fp32 log-probs of batch.targets, and (N,) of each statistic that `linear_logps` knows."""
@@ -331,6 +343,7 @@ class Policy(nn.Module):
             inputs["attention_mask"] = batch.attention_mask
         else:
             inputs |= {"position_ids": batch.position_ids, "segments": batch.segments}
+            inputs["asked_attention"] = self.asked_attention
             attention = packed_attention(self.configs)
         checkpointed = self.checkpointed if torch.is_grad_enabled() else []
         set_checkpointing(checkpointed, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
@@ -33,3 +34,20 @@ def build_optimizer(model: nn.Module, config: DPOConfig, steps: int) -> tuple[An
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
     )
     return optimizer, scheduler
+
+
+def allocate_states(optimizer: Any) -> None:
+    """Adam's moments as its first update would make them, so that a run that lacks the memory for them finds out before
+    its first batch. Other optimizers make their states at the first update.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        moments = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        for parameter in group["params"]:
+            device = parameter.device if group["fused"] or group["capturable"] else "cpu"
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=device),
+                **{name: torch.zeros_like(parameter) for name in moments},
+            }

@@ -39,6 +39,7 @@ _WORKS = {
     "dataset_num_proc remove_unused_columns",
     "preference loss": "loss_type loss_weights beta label_smoothing discopop_tau simpo_gamma cpo_alpha "
     "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free",
+    "reference": "precompute_ref_log_probs precompute_ref_batch_size ref_log_probs",
     "memory": "max_tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs "
     "activation_checkpointing activation_checkpointing_kwargs torch_empty_cache_steps",
     "batches and duration": "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
@@ -46,7 +47,7 @@ _WORKS = {
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor",
     "optimizer and schedule": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim "
     "optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm",
-    "precision and device": "bf16 fp16 tf32 use_cpu",
+    "precision and device": "bf16 fp16 tf32 use_cpu torch_compile torch_compile_backend torch_compile_mode",
     "reproducibility": "seed data_seed full_determinism",
     "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end "
     "metric_for_best_model greater_is_better",
@@ -87,12 +88,10 @@ _NOT_YET = {
     "hub_private_repo hub_always_push hub_revision",
     ("compute_metrics", "read the metrics that every evaluation logs"): "eval_accumulation_steps batch_eval_metrics "
     "eval_do_concat_batches include_for_metrics include_inputs_for_metrics",
-    ("compiling the model", "leave it off"): "torch_compile torch_compile_backend torch_compile_mode",
     ("quantised loading", "train LoRA on the model as it is, with use_peft=True"): "load_in_4bit load_in_8bit "
     "bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
     ("a choice of reference", "leave it at its default, or give ref_model"): "sync_ref_model ref_model_mixup_alpha "
-    "ref_model_sync_steps precompute_ref_log_probs precompute_ref_batch_size model_adapter_name ref_adapter_name "
-    "force_use_ref_model ref_model_init_kwargs",
+    "ref_model_sync_steps model_adapter_name ref_adapter_name force_use_ref_model ref_model_init_kwargs",
     ("a router's auxiliary loss", "leave it at its default"): "router_aux_loss_coef",
     ("evaluating in another precision", "set bf16=True or fp16=True, which evaluation follows"): "bf16_full_eval "
     "fp16_full_eval",
@@ -185,6 +184,7 @@ RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("beta discopop_tau learning_rate adam_epsilon num_train_epochs lora_alpha", "above 0", lambda value: value > 0),
     (
         "max_length max_prompt_length max_completion_length dataset_num_proc max_tokens_per_microbatch lora_r "
+        "precompute_ref_batch_size "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
         "torch_empty_cache_steps dataloader_prefetch_factor",
         "at least 1",

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from dense_attention import dense_attention, projections, segments_of, visible
 from tiny_models import RAGGED, random_pairs, tiny_model
-from torch import Tensor, nn
+from torch import nn
 
 from fastdpo.attention import (
     NAME,
@@ -18,74 +19,42 @@ from fastdpo.attention import (
     packed_calls,
     prefix_attention,
 )
-from fastdpo.batch import Segments, pack
-from fastdpo.data import TokenPair
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
 
 
-def visible(pairs: list[TokenPair], window: int | None) -> Tensor:
-    """(T, T) bool, by definition: which token of a packed row sees which."""
-    tokens: list[tuple[int, str, int]] = []  # pair, part, position
-    for index, pair in enumerate(pairs):
-        prompt = len(pair.prompt)
-        tokens += [(index, "prompt", i) for i in range(prompt)]
-        tokens += [(index, "chosen", prompt + i) for i in range(len(pair.chosen))]
-        tokens += [(index, "rejected", prompt + i) for i in range(len(pair.rejected))]
-
-    def sees(query: tuple[int, str, int], key: tuple[int, str, int]) -> bool:
-        in_reach = 0 <= query[2] - key[2] < (window or len(tokens))
-        return query[0] == key[0] and key[1] in ("prompt", query[1]) and in_reach
-
-    return torch.tensor([[sees(query, key) for key in tokens] for query in tokens])
+SCORES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "eager": {"asked_attention": "eager"},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"s_aux": [0.3, -1.0, 4.0, 0.0]},
+    "softcap_and_sinks": {"softcap": 2.0, "s_aux": [0.3, -1.0, 4.0, 0.0]},
+}
 
 
-def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
-) -> Tensor:
-    """(1, T, Hq, dv): every score of the row, then the mask."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.mT * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
-
-
-def projections(tokens: int, heads: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
-    """Query, key and value as a layer hands them over; values narrower than keys, as in latent attention."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((heads[0], 16), (heads[1], 16), (heads[1], 12))
-    draws = [torch.randn(1, tokens, count, width, generator=generator, dtype=torch.float64) for count, width in sizes]
-    return [draw.to(dtype).transpose(1, 2).requires_grad_() for draw in draws]
-
-
-def segments_of(pairs: list[TokenPair]) -> Segments:
-    segments = pack(pairs).segments
-    assert segments is not None
-    return segments
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0], ids=["no_softcap", "softcap"])
+@pytest.mark.parametrize("options", SCORES.values(), ids=SCORES)
 @pytest.mark.parametrize("window", [None, 1, 4, 15, 100])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 def test_outputs_and_gradients_are_those_of_dense_attention_under_the_explicit_mask(
-    heads: tuple[int, int], window: int | None, softcap: float | None
+    heads: tuple[int, int], window: int | None, options: dict[str, Any]
 ) -> None:
     mask, segments = visible(RAGGED, window), segments_of(RAGGED)
-    # the softmax behind a softcap is taken in fp32, as the models that have one do
-    for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 1e-6 if softcap else 1e-13)):
+    for dtype, tolerance in ((torch.float32, 3e-6), (torch.float64, 1e-13)):
         inputs = projections(mask.shape[0], heads, dtype)
-        expected = dense_attention(*inputs, mask, 0.3, softcap)
+        given = dict(options)
+        if "s_aux" in given:
+            given["s_aux"] = torch.tensor(given["s_aux"], dtype=dtype, requires_grad=True)
+        leaves = [*inputs, *([given["s_aux"]] if "s_aux" in given else [])]
+        expected = dense_attention(*inputs, mask, 0.3, given.get("softcap"), given.get("s_aux"))
         largest = float(expected.detach().abs().max())
         actual, weights = prefix_attention(
-            nn.Module(), *inputs, None, scaling=0.3, segments=segments, sliding_window=window, softcap=softcap
+            nn.Module(), *inputs, None, scaling=0.3, segments=segments, sliding_window=window, **given
         )
-        assert weights is None and actual.shape == expected.shape
+        assert weights is None and actual.shape == expected.shape and actual.is_contiguous()
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest)
         upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
         for got, wanted in zip(
-            torch.autograd.grad(actual, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+            torch.autograd.grad(actual, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
         ):
             torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
@@ -111,10 +80,9 @@ def test_one_batch_serves_layers_with_different_windows() -> None:
     ("given", "message"),
     [
         ({"segments": None}, "does not hand keyword arguments on"),
-        ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"attention_mask": torch.ones(1, 1, 9, 9, dtype=torch.bool)}, "mask of its own"),
     ],
-    ids=["no_segments", "sinks", "mask"],
+    ids=["no_segments", "mask"],
 )
 def test_what_would_give_a_wrong_answer_raises_cannot_pack(given: dict[str, Any], message: str) -> None:
     inputs = projections(9, (4, 2), torch.float32)

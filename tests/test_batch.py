@@ -10,7 +10,7 @@ import torch
 from tiny_models import RAGGED, gradient_error, gradients, random_pairs, tiny_model
 from torch import Tensor
 
-from fastdpo.batch import PreferenceBatch, microbatches, pack, pad
+from fastdpo.batch import PreferenceBatch, microbatches, pack, pad, pairs_of
 from fastdpo.data import TokenPair
 from fastdpo.model import Policy
 
@@ -102,24 +102,51 @@ def test_moving_a_batch_moves_every_tensor_of_it_and_keeps_the_rest() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_microbatches_hold_every_pair_once_within_budget_and_longest_first(seed: int) -> None:
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_microbatches_hold_every_pair_once_within_budget_and_the_costliest_first(seed: int, padded: bool) -> None:
     draw = random.Random(seed)
     lengths = [draw.randrange(1, 60) for _ in range(draw.randrange(0, 30))]
-    for max_tokens in (None, 1, 50, 64, 10_000):
-        groups = microbatches(lengths, 4, max_tokens)
-        order = [index for group in groups for index in group]
-        assert sorted(order) == list(range(len(lengths)))
-        assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
-        assert all(groups) and groups == microbatches(list(lengths), 4, max_tokens)
-        if max_tokens is None:
-            assert all(len(group) == 4 for group in groups[:-1]) and all(len(group) <= 4 for group in groups)
-        else:
-            assert all(sum(lengths[i] for i in g) <= max_tokens or len(g) == 1 for g in groups)
+
+    def cost(group: list[int]) -> int:
+        tokens = [lengths[index] for index in group]
+        return max(tokens) * len(tokens) if padded else sum(tokens)
+
+    for max_tokens in (1, 50, 64, 10_000):
+        groups = microbatches(lengths, 4, max_tokens, padded)
+        assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+        assert all(groups) and groups == microbatches(list(lengths), 4, max_tokens, padded)
+        assert all(cost(group) <= max_tokens or len(group) == 1 for group in groups)
+        longest = [max(lengths[index] for index in group) for group in groups]
+        assert (longest if padded else [cost(group) for group in groups]) == sorted(
+            longest if padded else map(cost, groups), reverse=True
+        )
 
 
-def test_a_token_budget_is_filled_before_another_microbatch_begins() -> None:
-    assert microbatches([10, 10, 10, 10, 10], 2, 30) == [[0, 1, 2], [3, 4]]
+def test_without_a_budget_neighbours_by_length_go_together() -> None:
+    assert microbatches([3, 9, 1, 7, 5], 2, None) == [[1, 3], [4, 0], [2]]
+
+
+def test_a_token_budget_makes_few_groups_of_even_size() -> None:
+    assert microbatches([10, 10, 10, 10, 10, 10], 2, 40) == [[0, 2, 4], [1, 3, 5]]
     assert microbatches([5, 90, 5], 2, 30) == [[1], [0, 2]]
+    assert microbatches([6, 5, 5, 4, 4], 2, 12) == [[1, 3], [2, 4], [0]]
+
+
+def test_even_groups_that_would_not_fit_stay_as_first_fit_left_them() -> None:
+    lengths = [6, 6, 4, 4, 4]  # evenly 6 + 4 + 4 and 6 + 4, of which the first is too much
+    assert microbatches(lengths, 2, 12) == [[0, 1], [2, 3, 4]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_pairs_of_a_batch_make_that_batch_again(layout: Callable[..., PreferenceBatch]) -> None:
+    pairs = [*RAGGED, *random_pairs((0, 4, 4), (1, 1, 2), (0, 2, 1), seed=1)]
+    batch = layout(pairs)
+    again = layout(pairs_of(batch))
+    for name, value in vars(batch).items():
+        other = getattr(again, name)
+        assert torch.equal(value, other) if isinstance(value, Tensor) else True, name
+    assert again.num_tokens == batch.num_tokens and again.num_chosen_tokens == batch.num_chosen_tokens
+    assert [tuple(map(list, pair)) for pair in pairs_of(batch)] == [(p.prompt, p.chosen, p.rejected) for p in pairs]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

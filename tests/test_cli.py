@@ -240,3 +240,45 @@ def test_demo_is_handed_its_arguments(monkeypatch):
 
     monkeypatch.setattr(fastdpo.demo, "main", lambda argv: len(argv))
     assert cli.main(["demo", "--seed", "3"]) == 2
+
+
+# ---- fastdpo plan
+
+
+@pytest.fixture
+def config_of_8b(tmp_path) -> str:
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
+    LlamaConfig(vocab_size=128256, num_attention_heads=32, **shape).save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("size, words, code", [("8GiB", [], 1), ("24GiB", ["--gradient_checkpointing"], 0)])
+def test_a_plan_is_printed_from_a_config_alone_and_its_exit_code_says_whether_it_fits(
+    size, words, code, config_of_8b, capsys
+):
+    options = ["--gpu-memory", size, "--use_peft", "--bf16", "--report_to", "none", *words]
+    assert cli.main(["plan", "--model", config_of_8b, *options]) == code
+    printed = capsys.readouterr().out
+    assert "weights              14.96 GiB" in printed and f"of {size[:-3]}.00" in printed
+    assert ("it does not fit" in printed and "gradient_checkpointing=True" in printed) == bool(code)
+
+
+def test_a_plan_needs_a_size_where_there_is_no_gpu(config_of_8b, capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["plan", "--model", config_of_8b]) == 1
+    assert "give --gpu_memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, size", [("8", 8 * 2**30), ("0.5GiB", 2**29), ("8 GB", 8 * 10**9), ("512mib", 2**29)])
+def test_a_size_has_a_unit_or_is_of_gibibytes(text, size):
+    assert cli._bytes(text) == size
+
+
+def test_a_size_that_is_none_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["plan", "--model", "tiny", "--gpu-memory", "much"])
+    assert caught.value.code == 2 and "24GiB" in capsys.readouterr().err

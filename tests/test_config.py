@@ -146,7 +146,7 @@ def test_a_renamed_option_is_accepted_under_its_old_name_with_a_notice(old, valu
     assert getattr(assigned, new) == expected
 
 
-@pytest.mark.parametrize("old, new", [("torchdynamo", "torch_compile_backend"), ("push_to_hub_token", "hub_token")])
+@pytest.mark.parametrize("old, new", [("push_to_hub_model_id", "hub_model_id"), ("push_to_hub_token", "hub_token")])
 def test_a_renamed_option_that_is_not_available_yet_is_refused_under_its_present_name(old, new, tmp_path):
     with pytest.raises(ValueError, match=f"{new}=.*not available yet"):
         config(tmp_path, **{old: "something"})
@@ -358,7 +358,7 @@ def test_trl_arguments_keep_their_values_and_raise_for_what_is_not_there_yet(tmp
     assert (made.beta, made.loss_type, made.learning_rate, made.max_length) == (0.3, ["ipo"], 1e-6, 1024)
     assert (made.truncation_mode, made.gradient_checkpointing, made.bf16) == ("keep_start", True, True)
     assert made.ref_model_sync_steps == 64 and "TRL 1.16" not in caplog.text
-    for options in ({"sync_ref_model": True}, {"precompute_ref_log_probs": True}, {"pad_to_multiple_of": 8}):
+    for options in ({"sync_ref_model": True}, {"push_to_hub": True}, {"pad_to_multiple_of": 8}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}="):
             DPOConfig.from_arguments(trl.DPOConfig(str(tmp_path), use_cpu=True, **options))
 

@@ -1,12 +1,14 @@
 """What only a CUDA device shows: bf16 and fp16 arithmetic, heads of real sizes, the allocator's peaks, the packed
-layout there, repeatability, and no host sync.
+layout and its attention there, repeatability, and no host sync.
 
 Legend: N tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +16,18 @@ import pytest
 import torch
 from accuracy import assert_errs_at_most_twice
 from conftest import tiny_llama
+from dense_attention import dense_attention, projections, visible
 from peft import LoraConfig
+from tiny_models import random_pairs, tiny_model
 from torch import Tensor
 
 import fastdpo
-from fastdpo.batch import pack, pad
-from fastdpo.layout import probe_pairs
+from fastdpo import attention
+from fastdpo.attention_backends import BACKENDS, OBSTACLES, Scores, facts_of, segment_groups
+from fastdpo.batch import PreferenceBatch, pack, pad
+from fastdpo.data import TokenPair
+from fastdpo.identity import tensors_digest
+from fastdpo.layout import find_layout, probe_pairs
 from fastdpo.model import Policy
 from fastdpo_kernels import launch
 from fastdpo_kernels.head import STATS
@@ -28,8 +36,6 @@ from fastdpo_kernels.pair_loss import LossTerm, PairwiseLoss, pair_loss, sequenc
 
 pytestmark = pytest.mark.gpu
 PRECISIONS = {"bf16": {"bf16": True}, "fp16": {"fp16": True}, "fp32": {"bf16": False}}
-
-
 MiB = 2**20
 METHODS = ["torch", "streamed", "fused"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -131,16 +137,28 @@ def test_flat_and_peaked_rows_err_at_most_twice_as_torchs(method: str, scale: fl
     needs(14)
     given = head(700, 128256, 1024, torch.bfloat16, scale)
     del given["bias"]
-    rows = torch.arange(0, 700, 2, device="cuda")  # every second row's target gets most of the probability
-    given["hidden"][rows] += given["weight"][given["targets"][rows]] * (20 / scale**2)
-    assert_accurate(given, ("hidden",), method, STATS)
+    probability = raise_targets(given, torch.arange(0, 700, 2, device="cuda"))
+    assert probability.min() < 1e-3 and probability.max() > 1 - 1e-4 and (probability > 0.1).sum() > 100
+    assert_accurate(given, ("hidden",), method, ("entropy", "mean_logit", "log_sum_sq_probs"))
+
+
+def raise_targets(given: dict[str, Any], rows: Tensor) -> Tensor:
+    """Moves these rows of hidden along their targets' rows of weight, for probabilities from 1e-4 to 1 - 1e-6."""
+    hidden, weight, targets = (given[name].float() if name != "targets" else given[name] for name in given)
+    wanted = torch.linspace(math.log(1e-4), -math.log(1e-6), len(rows), device="cuda")  # log p / (1 - p)
+    logits = hidden[rows] @ weight.T
+    own = logits.gather(1, targets[rows, None])[:, 0]
+    along = weight[targets[rows]]
+    push = (logits.logsumexp(-1) - own + wanted) / along.square().sum(-1)
+    given["hidden"][rows] = (hidden[rows] + push[:, None] * along).to(given["hidden"].dtype)
+    return run(linear_logps_reference, exactly(given), ())["logps"][rows].exp()
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("wanted", [("hidden",), ("hidden", "weight")], ids=["frozen", "trained"])
 def test_weights_of_more_than_two_to_the_31_elements(method: str, wanted: tuple[str, ...]) -> None:
     runs_here(method, torch.bfloat16)
-    needs(90)
+    needs(110)
     given = head(300, 262144, 8448, torch.bfloat16)
     del given["bias"]
     given["targets"][:3] = torch.tensor([0, 262143, 262142])
@@ -357,7 +375,7 @@ def test_the_pair_loss_is_one_launch_and_its_backward_another() -> None:
         kept["losses"] = pair_loss(values, offsets, reference, SIGMOID).losses
 
     def backward() -> None:
-        torch.autograd.grad(kept["losses"], values, kept["upstream"])
+        torch.autograd.grad(kept["losses"], values, kept["upstream"], retain_graph=True)
 
     assert len(launched(forward)) == 1
     kept["upstream"] = torch.ones_like(kept["losses"])
@@ -367,11 +385,154 @@ def test_the_pair_loss_is_one_launch_and_its_backward_another() -> None:
 def launched(call: Callable[[], None]) -> list[str]:
     """Names of the kernels that a call runs."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)  # a session may lose the events that it begins with
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, schedule=schedule) as profile:
+        for _ in range(2):
+            call()
+            torch.cuda.synchronize()
+            profile.step()
     recorded: Any = profile
-    return [event.name for event in recorded.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [
+        event.name
+        for event in recorded.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("ProfilerStep", "Context"))
+    ]
+
+
+# ---- packed attention
+
+
+# Tokens of prompt, chosen and rejected.
+LENGTHS = ((700, 300, 411), (1, 1, 130), (0, 5, 7), (129, 1, 1), (0, 1, 1), (513, 128, 64), (33, 200, 2))
+SHAPES = {"GQA": ((8, 2), 128, 128), "MQA": ((4, 1), 256, 256), "latent": ((4, 4), 192, 128), "odd": ((4, 4), 100, 100)}
+
+
+def attend_by(backend: str, inputs: list[Tensor], batch: PreferenceBatch, scores: Scores) -> Tensor:
+    """(1, T, Hq, dv) by one backend; the test is skipped where it is not for this card."""
+    facts = facts_of(inputs[0], inputs[2], scores, None)
+    if obstacle := OBSTACLES[backend](facts):
+        pytest.skip(obstacle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "choose", lambda facts: (backend, "a test's choice"))
+        given = {"scaling": scores.scaling, "sliding_window": scores.window, "dropout": scores.dropout}
+        more = {"softcap": scores.softcap, "s_aux": scores.sinks, "segments": batch.segments}
+        return attention.prefix_attention(torch.nn.Module(), *inputs, None, **given, **more)[0]
+
+
+def layer(
+    shape: tuple[tuple[int, int], int, int], dtype: torch.dtype, pairs: list[TokenPair]
+) -> tuple[list[Tensor], PreferenceBatch]:
+    """-> query, key and value of a packed row, and the row."""
+    tokens = sum(pair.length for pair in pairs)
+    exact = projections(tokens, shape[0], torch.float64, *shape[1:])
+    inputs = [tensor.detach().to("cuda", dtype).requires_grad_() for tensor in exact]
+    return inputs, pack(pairs).to("cuda")
+
+
+def with_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return [output.detach(), *torch.autograd.grad(output, inputs, weights)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("window", [None, 1, 100, 5000])
+def test_every_backend_here_is_dense_attention_under_the_explicit_mask(
+    backend: str, dtype: torch.dtype, shape: tuple[tuple[int, int], int, int], window: int | None
+) -> None:
+    """Empty prompts, one-token responses, queries fewer than keys: outputs and gradients against fp64."""
+    pairs = random_pairs(*LENGTHS)
+    mask = visible(pairs, window).cuda()
+    inputs, batch = layer(shape, dtype, pairs)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    ours = with_gradients(attend_by(backend, inputs, batch, Scores(0.1, window)), inputs)
+    truth = with_gradients(dense_attention(*exact, mask, 0.1), exact)
+    torchs = with_gradients(dense_attention(*inputs, mask, 0.1), inputs)
+    for name, mine, theirs, right in zip(("output", "dq", "dk", "dv"), ours, torchs, truth, strict=True):
+        if dtype == torch.float32:  # efficient attention multiplies by three TF32 products
+            torch.testing.assert_close(mine.double(), right, rtol=0, atol=2e-5 * float(right.abs().max()))
+        else:
+            assert_errs_at_most_twice(name, mine, theirs, right)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_softcaps_and_sinks_are_right_where_a_backend_takes_them(backend: str) -> None:
+    pairs = random_pairs(*LENGTHS)
+    for softcap, sinks in ((3.0, None), (None, torch.randn(8, device="cuda"))):
+        inputs, batch = layer(SHAPES["GQA"], torch.bfloat16, pairs)
+        exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+        ours = with_gradients(attend_by(backend, inputs, batch, Scores(0.1, 100, softcap, sinks)), inputs)
+        double = None if sinks is None else sinks.double()
+        truth = with_gradients(dense_attention(*exact, visible(pairs, 100).cuda(), 0.1, softcap, double), exact)
+        for mine, right in zip(ours, truth, strict=True):
+            torch.testing.assert_close(mine.double(), right, rtol=0, atol=2e-2 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_attention_never_waits_for_the_device(backend: str) -> None:
+    inputs, batch = layer(SHAPES["GQA"], torch.float16, random_pairs(*LENGTHS))
+    weights = torch.randn(1, inputs[0].shape[2], 8, 128, device="cuda", dtype=torch.float16)
+    for mode in (0, "error"):  # the first run makes the masks
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            output = attend_by(backend, inputs, batch, Scores(0.1))
+            torch.autograd.grad(output, inputs, weights)
+        finally:
+            torch.cuda.set_sync_debug_mode(0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_keeps_the_weights_mean(backend: str) -> None:
+    """Values of one come out as the sum of the weights that are left, scaled up."""
+    inputs, batch = layer(SHAPES["GQA"], torch.float16, random_pairs(*LENGTHS))
+    inputs[2] = torch.ones_like(inputs[2]).requires_grad_()
+    output = attend_by(backend, inputs, batch, Scores(0.1, dropout=0.25))
+    sums = output.detach().float()
+    assert abs(float(sums.mean()) - 1) < 0.02 and float(sums.std()) > 0.01
+    gradients = torch.autograd.grad(output.float().sum(), inputs)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_row_of_more_segments_than_the_kernels_buffer_can_count_is_cut() -> None:
+    """FlashAttention-2's backward would count 2.3e9 elements in int32, and write where it should not."""
+    needs(60)
+    pairs = random_pairs((3, 2, 4)) * 2200
+    inputs, batch = layer(((32, 8), 128, 128), torch.bfloat16, pairs)
+    assert len(segment_groups(batch.segments.query_lengths, 32, 128)) == 2  # type: ignore[union-attr]
+    weights = torch.randn(1, 9 * 2200, 32, 128, device="cuda", dtype=torch.bfloat16)
+    output = attend_by("flash", inputs, batch, Scores(0.1))
+    whole = [output, *torch.autograd.grad(output, inputs, weights)]
+    for start in (0, 9 * 2190):
+        part = slice(start, start + 90)
+        few = [tensor[:, :, part].detach().requires_grad_() for tensor in inputs]
+        output = attend_by("flash", few, pack(pairs[:10]).to("cuda"), Scores(0.1))
+        alone = [output, *torch.autograd.grad(output, few, weights[:, part])]
+        assert torch.equal(whole[0][:, part], alone[0])
+        for mine, right in zip(whole[1:], alone[1:], strict=True):
+            torch.testing.assert_close(mine[:, :, part], right, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3", "deepseek-v3-mla", "gpt-oss-sinks"])
+def test_a_models_packed_bf16_errs_no_more_than_its_padded_bf16(name: str) -> None:
+    pairs = random_pairs((7, 5, 9), (1, 11, 2), (20, 1, 1), (0, 4, 1), (17, 8, 8), (3, 1, 6), (12, 20, 30))
+    model = tiny_model(name).cuda()
+    truth = logps_and_gradients(Policy(model).eval(), pad(pairs))
+    half = Policy(model, torch.bfloat16).eval()
+    assert find_layout(half).packed
+    packed, padded = (logps_and_gradients(half, collate(pairs)) for collate in (pack, pad))
+    for mine, theirs, right in zip(packed, padded, truth, strict=True):
+        scale = right.square().mean().sqrt()
+        error, allowed = ((other - right).square().mean().sqrt() / scale for other in (mine, theirs))
+        assert error <= 1.5 * allowed + 1e-3, (float(error), float(allowed))
+
+
+def logps_and_gradients(policy: Policy, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    logps, _ = policy(batch.to("cuda"))
+    found = torch.autograd.grad(logps.sum(), list(policy.parameters()), allow_unused=True)
+    return logps.detach().double(), torch.cat([one.flatten().double() for one in found if one is not None])
 
 
 # ---- training
@@ -419,3 +580,90 @@ def test_a_step_waits_for_the_device_at_log_lines_only(rows, tokenizer, quick) -
     trainer._optimizer_step = watched
     trainer.train()
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("given", ["path", "loaded"])
+def test_a_reference_ahead_leaves_its_memory_to_training_and_the_loss_as_it_is_online(
+    given, rows, tokenizer, quick, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("FASTDPO_CACHE", str(tmp_path / "cache"))
+    wide = {"hidden_size": 512, "intermediate_size": 2048}  # 16 MiB in bf16
+    losses, held = [], []
+    for ahead in (False, True, True):
+        ref_model: Any = tiny_llama(**wide).bfloat16()
+        size = sum(parameter.nbytes for parameter in ref_model.parameters())
+        if given == "path":
+            ref_model.save_pretrained(tmp_path / "other")
+            ref_model = str(tmp_path / "other")
+        before = torch.cuda.memory_allocated()
+        trainer = fastdpo.DPOTrainer(
+            tiny_llama(),
+            ref_model,
+            fastdpo.DPOConfig(**quick | {"precompute_ref_log_probs": ahead}),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        held.append((torch.cuda.memory_allocated() - before) / size)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        del trainer
+    assert held[0] > 1 and max(held[1:]) < 0.5
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_the_weights_of_an_8b_model_on_the_gpu_are_named_in_under_a_second() -> None:
+    """Every bit of 16 GB, summed on the device."""
+    needs(20)
+    tensors = {str(layer): torch.ones(58_720_256, dtype=torch.bfloat16, device="cuda") for layer in range(137)}
+    first = tensors_digest(tensors)  # with the start of the kernels
+    tensors["70"][12_345_678] = 0
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    second = tensors_digest(tensors)
+    assert time.perf_counter() - started < 1 and second != first
+
+
+# ---- the memory plan
+
+
+def planned_and_measured(tokens: int, shape: dict[str, int], adapters: bool, checkpoint: bool) -> tuple[int, int]:
+    """Bytes that torch allocates at the most over two optimizer steps of two micro-batches each."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from fastdpo.build import build_policy
+    from fastdpo.data import TokenPair
+    from fastdpo.memory import PairLengths, plan_run
+    from fastdpo.model import checkpointing
+
+    config = fastdpo.DPOConfig(bf16=True, use_peft=adapters, gradient_checkpointing=checkpoint, report_to="none")
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    policy = build_policy(model, None, config)
+    part = tokens // 16
+    lengths = PairLengths(2 * part, part, part)
+    plan = plan_run(policy, None, config, lengths, packed=True)
+    batch = pack([TokenPair([5] * 2 * part, [6] * part, [7] * part)] * 4).to("cuda")
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], fused=True)
+    torch.cuda.reset_peak_memory_stats()
+    with checkpointing(policy, None) if checkpoint else contextlib.nullcontext():
+        for _ in range(2):
+            for _ in range(2):
+                policy(batch)[0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return plan.allocated(4 * lengths.tokens(True)), torch.cuda.max_memory_allocated()
+
+
+SMALL = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16}
+ONE_B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("tokens", [2048, 8192])
+@pytest.mark.parametrize("shape", [SMALL, ONE_B], ids=["small", "1B"])
+def test_the_planned_peak_is_the_measured_one(shape, tokens, adapters, checkpoint) -> None:
+    needs(8 if shape is SMALL else 70)
+    shape = {**shape, "num_key_value_heads": 8, "vocab_size": 128256 if shape is ONE_B else 32000}
+    planned, measured = planned_and_measured(tokens, shape, adapters, checkpoint)
+    assert abs(planned - measured) <= 0.1 * measured, (planned / MiB, measured / MiB)

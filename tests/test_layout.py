@@ -14,16 +14,29 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import FAMILIES, RAGGED, SIZES, gradient_error, gradients, plain_logps, random_pairs, tiny_model
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import fastdpo.layout
+from fastdpo import attention
 from fastdpo.attention import attention_configs, packed_calls
+from fastdpo.attention_backends import Facts, choose
 from fastdpo.batch import pack, pad
 from fastdpo.layout import find_layout
 from fastdpo.model import Policy, checkpointing, without_dropout
 
 FP32 = 1e-5
-CHECKPOINTED = ["llama", "gemma2", "mistral-window", "gpt2"]
+CHECKPOINTED = ["llama", "gemma2", "mistral-window", "gpt2", "gpt-oss-sinks"]
 
 
 def assert_same_logps(actual: Tensor, expected: Tensor) -> None:
@@ -76,6 +89,72 @@ def test_rounding_of_other_precisions_does_not_hide_that_a_model_packs(
 ) -> None:
     for name in ("llama", "gemma2", "gpt2"):
         assert find_layout(Policy(tiny_model(name, dtype), autocast).eval()).packed
+
+
+# What attention the user asked for
+
+
+def test_eager_attention_is_taken_segment_by_segment_in_packed_batches() -> None:
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    policy = Policy(model).eval()
+    layout = find_layout(policy)
+    assert layout.packed and {choose(facts)[0] for facts in layout.attention} == {"products"}
+    assert_same_logps(policy(pack(RAGGED))[0], plain_logps(model, RAGGED))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt-oss-sinks"])
+def test_eager_attention_that_nobody_asked_for_is_an_automatic_choice(name: str) -> None:
+    """transformers falls back on it for models that its sdpa does not fit."""
+    model = tiny_model(name)
+    assert model.config._attn_implementation == "eager" and Policy(model).asked_attention is None
+
+
+def test_an_attention_that_packed_pairs_do_not_know_gets_the_padded_layout_and_itself() -> None:
+    model = tiny_model("llama")
+    seen: list[str] = []
+
+    def theirs(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(module.config._attn_implementation)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    AttentionInterface.register("theirs", theirs)
+    AttentionMaskInterface.register("theirs", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("theirs")
+    layout = find_layout(Policy(model).eval())
+    assert not layout.packed and layout.reason == "attn_implementation='theirs' takes padded batches only"
+    assert set(seen) == {"theirs"}
+
+
+def test_the_flash_attention_package_is_refused_by_name_where_it_is_not_there() -> None:
+    policy = Policy(tiny_model("llama")).eval()
+    policy.asked_attention = "flash_attention_2"  # transformers does not set it without the package
+    with pytest.raises(ValueError, match="'flash_attention_2' was asked for, but the package is not installed"):
+        find_layout(policy)
+
+
+def test_a_run_says_what_its_own_dtype_is_computed_by_and_tries_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe is in fp32 where the weights are; the run's bf16 goes to another backend here."""
+    tried: list[torch.dtype] = []
+
+    def choose_by_dtype(facts: Facts) -> tuple[str, str]:
+        tried.append(facts.dtype)
+        return ("products" if facts.dtype == torch.bfloat16 else "sdpa"), "a test's choice"
+
+    monkeypatch.setattr(attention, "choose", choose_by_dtype)
+    monkeypatch.setattr(fastdpo.layout, "choose", choose_by_dtype)
+    layout = find_layout(Policy(tiny_model("llama"), torch.bfloat16).eval())
+    assert layout.packed and [facts.dtype for facts in layout.attention] == [torch.bfloat16]
+    ran = [dtype for dtype in tried if dtype is torch.bfloat16]
+    assert torch.float32 in tried and len(ran) >= 3  # one comparison and two layers
+
+    def wrong_in_bf16(facts: Facts) -> tuple[str, str]:
+        return ("broken" if facts.dtype == torch.bfloat16 else "sdpa"), ""
+
+    monkeypatch.setattr(attention, "choose", wrong_in_bf16)
+    monkeypatch.setattr(fastdpo.layout, "choose", wrong_in_bf16)
+    monkeypatch.setitem(attention.BACKENDS, "broken", lambda q, k, v, *rest: torch.zeros_like(q))
+    assert "differ from the model's own" in find_layout(Policy(tiny_model("llama"), torch.bfloat16).eval()).reason
 
 
 # Checkpointing

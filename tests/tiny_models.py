@@ -51,7 +51,6 @@ NO_ATTENTION = "1 of 2 layers"  # the other layer is a convolution or a recurren
 NO_POSITIONS = "takes no position ids"  # ALiBi
 NEEDS_MASK = "fails on a packed batch"  # computes attention itself and adds a mask that is not made
 NO_KEYWORDS = "does not hand keyword arguments on"
-SINKS = "adds sinks"
 WINDOW_IN_MASK = "has windows or chunks"  # only its mask knows them
 
 FAMILIES: dict[str, Family] = {
@@ -126,7 +125,7 @@ FAMILIES: dict[str, Family] = {
     "mpt": Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2}, NO_POSITIONS),
     "gptj": Family("gptj", {**GPT2_SIZES, "rotary_dim": 4}, OWN_ATTENTION),
     "gpt-oss-sinks": Family(
-        "gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}, SINKS
+        "gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW}
     ),
     "lfm2-conv": Family("lfm2", {"layer_types": ["conv", "full_attention"]}, NO_ATTENTION),
     "qwen3-next-hybrid": Family(

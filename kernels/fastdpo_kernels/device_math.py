@@ -20,14 +20,13 @@ def number(value: tl.constexpr):
 
 @triton.jit
 def whole_power(x, n: tl.constexpr):
-    """x^n for 1 <= n < 128, by squaring."""
-    result, square = number(1.0), x
-    for bit in tl.static_range(7):
-        if (n >> bit) % 2 == 1:
-            result *= square
-        if (n >> bit) > 1:
-            square *= square
-    return result
+    """x^n for n >= 1, by squaring."""
+    if n == 1:
+        return x
+    elif n % 2 == 0:
+        return whole_power(x * x, n // 2)
+    else:
+        return x * whole_power(x * x, n // 2)
 
 
 @triton.jit

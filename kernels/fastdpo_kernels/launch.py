@@ -276,9 +276,11 @@ _ON_SM90 = FusedConfig(
     gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
     few_gradients=MatmulConfig(64, 128, 64, num_warps=4, num_stages=4, epilogue=64, descriptors=True, resident=2),
 )
-_ON_SM100 = FusedConfig(  # 64 rows are half of what its matrix unit takes, and their layout spills
-    logits=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=32, descriptors=True),
-    few_logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=32, descriptors=True, resident=2),
+# 64 rows are half of what the matrix unit of sm_100 takes, and their layout spills. So does a softmax beside 128 x 256,
+# or with 128 registers a thread: one program of 128 x 128 has 255.
+_ON_SM100 = FusedConfig(
+    logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=6, epilogue=64, descriptors=True),
+    few_logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=6, epilogue=64, descriptors=True),
     gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
     few_gradients=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64, descriptors=True, resident=2),
 )
@@ -294,12 +296,13 @@ _ON_GFX942 = FusedConfig(
 # Rows that are not a multiple of 16 elements apart (no model has such a D) are read an element at a time, through
 # registers.
 _UNALIGNED = FusedConfig(*[MatmulConfig(64, 64, 32, num_warps=8, num_stages=2, epilogue=64, resident=2)] * 4)
-# No matrix units for fp32 with all its digits on NVIDIA: 64 x 128 is 21 FLOP of each byte from the L2 cache, where 67
-# TFLOP/s (H200) need 3 TB/s. For few rows 16, as 64 would make a product bound by arithmetic, not by reading W.
+# No matrix units for fp32 with all its digits on NVIDIA: 64 x 64 is 16 FLOP of each byte from the L2 cache, where 67
+# TFLOP/s (H200) need 4 TB/s; 64 x 128 spills on sm_90 and sm_100. For few rows 16, as 64 would make a product bound by
+# arithmetic, not by reading W.
 _IN_FP32 = FusedConfig(
-    logits=MatmulConfig(64, 128, 16, num_warps=8, num_stages=2, epilogue=64, resident=2),
+    logits=MatmulConfig(64, 64, 16, num_warps=8, num_stages=2, epilogue=64, resident=2),
     few_logits=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
-    gradient=MatmulConfig(64, 128, 16, num_warps=8, num_stages=2, epilogue=128, resident=2),
+    gradient=MatmulConfig(64, 64, 16, num_warps=8, num_stages=2, epilogue=64, resident=2),
     few_gradients=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
 )
 _INTERPRETED = FusedConfig(*[MatmulConfig(16, 64, 32, num_warps=1, num_stages=1, epilogue=32)] * 4)

@@ -1,0 +1,510 @@
+"""Where a run's memory goes, and what fits: the plan, from a model's config alone or from a loaded model.
+
+Weights, gradients and optimizer states are counted exactly. What a micro-batch keeps is a line in its tokens, which
+activations.py finds; the LM head's share follows from `linear_logps`. The rest, what CUDA itself takes and what torch's
+allocator loses between blocks, is a reserve. The token budget of a micro-batch is the most tokens that the rest of the
+card has room for.
+
+It assumes that an optimizer batch is several micro-batches, the first of which has left its gradients; a single one may
+need less. The reference's pass needs less than the policy's, so only the weights of a reference model count.
+
+Legend: T tokens of a micro-batch, N of them scored, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fastdpo.activations import Activations, measure_activations
+from fastdpo.attention_backends import Facts, choose, device_facts
+from fastdpo.config import DPOConfig
+from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths
+from fastdpo.losses import pairwise_loss, sees_reference
+from fastdpo.model import (
+    Policy,
+    add_adapters,
+    base_model,
+    checkpoints_already,
+    compute_dtype,
+    load_dtype,
+    output_head,
+    prepare_precision,
+)
+from fastdpo.verdicts import VERDICTS
+from fastdpo_kernels import launch
+
+GiB, MiB = 2**30, 2**20
+
+CONTEXT = int(0.6 * GiB)  # CUDA's context and loaded kernels, outside of torch's allocator (public figures, unmeasured)
+SLACK = 0.05  # of the card: what torch's allocator holds and cannot give out, by fragmentation (unmeasured)
+# More make no product faster, and 65536 rows of the widest models stay below the 2^31 elements that some kernels index.
+MOST_TOKENS = 65536
+ASSUMED_LENGTH = 1024  # of each answer with its prompt, where neither a dataset nor max_length says
+
+USEFUL_LENGTH = 128  # of an answer with its prompt, below which cutting answers is no advice
+
+# Bytes of state a trained parameter. Those of bitsandbytes have a scale for each block of 256 beside them.
+_ADAM, _SCALE = 8.0, 4 / 256
+STATE_BYTES = {
+    "adamw_torch": _ADAM,
+    "adamw_torch_fused": _ADAM,
+    "stable_adamw": _ADAM,
+    "ademamix": 12.0,
+    "adagrad": 4.0,
+    "rmsprop": 4.0,
+    "rmsprop_bnb": 4.0,
+    "rmsprop_bnb_32bit": 4.0,
+    "lion_32bit": 4.0,
+    "adamw_8bit": 2 * (1 + _SCALE),
+    "adamw_bnb_8bit": 2 * (1 + _SCALE),
+    "ademamix_8bit": 3 * (1 + _SCALE),
+    "lion_8bit": 1 + _SCALE,
+    "rmsprop_bnb_8bit": 1 + _SCALE,
+    "sgd": 0.0,
+    "adafactor": 0.0,  # a row and a column of each matrix
+}
+_IN_LISTS = ("adamw_torch", "rmsprop", "adagrad")  # updates that make a temporary copy of all they update
+
+
+@dataclass(frozen=True)
+class PairLengths:
+    """Tokens of the longest pair that a run will see."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+    known: bool = True  # no pair is longer
+
+    @classmethod
+    def of_config(cls, config: DPOConfig) -> PairLengths:
+        """The worst that `max_length` allows: next to no prompt, and two answers that fill it."""
+        length = config.max_length or ASSUMED_LENGTH
+        return cls(1, length - 1, length - 1, known=config.max_length is not None)
+
+    @classmethod
+    def of_tables(cls, tables: Iterable[Any], config: DPOConfig) -> PairLengths:
+        """The longest pair of tokenized tables; of streams, and without any, the longest that there may be."""
+        longest = []
+        for table in tables:
+            if not isinstance(table, Dataset):
+                return cls.of_config(config)
+            columns = [list_lengths(table, column) for column in ID_COLUMNS]
+            at = int(sum(columns).argmax())  # type: ignore[union-attr]
+            prompt, chosen, rejected = (int(column[at]) for column in columns)
+            longest.append(cls(prompt, chosen, rejected))
+        return max(longest, key=lambda lengths: lengths.tokens(True), default=cls.of_config(config))
+
+    def tokens(self, packed: bool) -> int:
+        return self.prompt + self.chosen + self.rejected + (0 if packed else self.prompt)
+
+    @property
+    def scored(self) -> int:
+        return self.chosen + self.rejected
+
+    @property
+    def pair(self) -> TokenPair:
+        return TokenPair([0] * self.prompt, [0] * self.chosen, [0] * self.rejected)
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """What `linear_logps` needs by its scored rows, in bytes. See head_streamed.py, whose allocations these are."""
+
+    vocabulary: int
+    hidden_size: int
+    compute: torch.dtype
+    given: torch.dtype  # of the hidden rows
+    weight: torch.dtype
+    trains: bool
+    device: launch.Device
+
+    @property
+    def cast(self) -> int:
+        """A copy of the weight in the dtype of its products, for as long as they are computed."""
+        same = self.weight == self.compute
+        return 0 if same else self.vocabulary * self.hidden_size * self.compute.itemsize
+
+    def rows(self, scored: int) -> int:
+        """(N, D) in the compute dtype."""
+        return scored * self.hidden_size * self.compute.itemsize
+
+    def workspace(self, scored: int) -> int:
+        """Logits of a chunk, or all that the method may take."""
+        limit = launch.default_workspace_bytes(self.device)
+        method, _ = launch.head_method(self.vocabulary, self.compute, self.device, limit, scored)
+        if method != "streamed":
+            return limit
+        size = self.compute.itemsize
+        chunk = launch.streamed_rows(scored, self.vocabulary, self.hidden_size, size, self.device, limit)
+        return chunk * launch.row_stride(self.vocabulary) * size
+
+    def in_one_chunk(self, scored: int) -> bool:
+        size = launch.row_stride(self.vocabulary) * self.compute.itemsize
+        return scored * size <= self.workspace(scored)
+
+    def forward(self, scored: int) -> int:
+        """The copies that products need, a chunk's logits, and d logp / d h where the head is frozen."""
+        copies = self.cast + (self.rows(scored) if self.given != self.compute else 0)
+        jacobian = 0 if self.trains else self.rows(scored)
+        return copies + self.workspace(scored) + jacobian
+
+    def backward(self, scored: int) -> int:
+        """Beside what is kept: a frozen head has d logp / d h and scales it; one that trains computes logits again, and
+        the gradient of its weight beside the one that is there already.
+        """
+        if not self.trains:
+            return 2 * self.rows(scored)
+        chunk = self.workspace(scored)
+        sums = self.vocabulary * self.hidden_size * 4
+        if self.in_one_chunk(scored) and self.compute != torch.float32:
+            sums += self.vocabulary * self.hidden_size * self.compute.itemsize
+        scaled = chunk // (launch.row_stride(self.vocabulary) * self.compute.itemsize) * self.rows(1)
+        converted = self.rows(scored) if self.given != self.compute else 0
+        return self.cast + chunk + sums + scaled + self.rows(scored) + converted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each part takes, in bytes, and what follows for a card of `memory`."""
+
+    model: str  # in words
+    memory: int  # that the run may use
+    lengths: PairLengths
+    weights: int  # of the base, whatever their dtype
+    adapters: int
+    reference: int  # a model of its own
+    gradients: int
+    optimizer_states: int
+    update: int  # beside them, while the optimizer steps
+    products: int  # cuBLAS workspaces
+    context: int  # CUDA's own, outside of torch's allocator
+    slack: int  # torch's allocator holds and cannot give out
+    activations: Activations
+    head: HeadMemory
+    backend: str  # of attention, in words
+    notes: tuple[str, ...] = ()
+    settings_to_change: tuple[str, ...] = field(default=())  # where it does not fit
+
+    @property
+    def fixed(self) -> int:
+        """What is there between micro-batches."""
+        models = self.weights + self.adapters + self.reference
+        return models + self.gradients + self.optimizer_states + self.products
+
+    def scored(self, tokens: int) -> int:
+        """Of so many tokens of a micro-batch, those of the head."""
+        return math.ceil(tokens * self.lengths.scored / self.lengths.tokens(self.activations.packed))
+
+    def peaks(self, tokens: int) -> dict[str, float]:
+        """The most that a micro-batch needs beyond what is fixed, in each of its phases."""
+        kept, scored = self.activations.kept(tokens), self.scored(tokens)
+        return {
+            "the blocks' forward": self.activations.forward(tokens),
+            "the head's forward": self.activations.at_head(tokens) + self.head.forward(scored),
+            "the head's backward": kept + self.head.backward(scored),
+            "the blocks' backward": self.activations.backward(tokens),
+            "the embedding's backward": self.activations.last(tokens),
+        }
+
+    def allocated(self, tokens: int, accumulating: bool = True) -> int:
+        """What torch allocates at the most. `accumulating`: an optimizer batch is several micro-batches; in a single
+        one gradients come while activations go.
+        """
+        peaks = self.peaks(tokens)
+        if not accumulating:
+            last = peaks.pop("the embedding's backward") - self.activations.last.fixed  # which is a gradient's own
+            peaks = {name: peak - self.gradients for name, peak in peaks.items()} | {"the end": last}
+        return self.fixed + round(max(*peaks.values(), self.update))
+
+    def total(self, tokens: int) -> int:
+        return self.allocated(tokens) + self.context + self.slack
+
+    @property
+    def longest_pair(self) -> int:
+        """Tokens of the longest pair, or of the largest micro-batch, that fits; 0 where none does."""
+        low, high = 0, 1
+        while high < 2**24 and self.total(high) <= self.memory:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.total(middle) <= self.memory else (low, middle)
+        return low
+
+    @property
+    def token_budget(self) -> int:
+        """Of a micro-batch: what `max_tokens_per_microbatch` is where it is unset."""
+        return min(self.longest_pair, MOST_TOKENS)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that have to fit: the longest pair's, or one where that is not known."""
+        return self.lengths.tokens(self.activations.packed) if self.lengths.known else 1
+
+    @property
+    def fits(self) -> bool:
+        return self.longest_pair >= self.wanted
+
+    def rows(self, tokens: int) -> list[tuple[str, float, str]]:
+        """(part, bytes, about it) at a micro-batch of so many tokens; they add up to the total."""
+        made, scored = self.activations, self.scored(tokens)
+        peaks = self.peaks(tokens) | {"the optimizer's step": self.update}
+        phase = max(peaks, key=lambda name: peaks[name])
+        kept, attention = made.kept(tokens), made.attention(tokens)
+        head = f"{self.head.workspace(scored) / MiB:.0f} MiB of them the head's workspace"
+        return [
+            ("weights", self.weights, ""),
+            ("adapters", self.adapters, "fp32"),
+            ("reference model", self.reference, ""),
+            ("gradients", self.gradients, "fp32"),
+            ("optimizer states", self.optimizer_states, ""),
+            ("activations", kept - attention, f"{made.kept.per_token / 1024:.0f} KiB a token with attention's"),
+            ("attention", attention, self.backend),
+            ("temporaries", peaks[phase] - kept, f"in {phase}" + (f", {head}" if "head" in phase else "")),
+            ("cuBLAS", self.products, "workspaces"),
+            ("allocator", self.slack, f"reserve of {SLACK:.0%} of the card, unmeasured"),
+            ("CUDA", self.context, "context, outside of torch; unmeasured"),
+        ]
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        tokens = self.token_budget if self.fits else self.wanted
+        lines = [self.model, f"at micro-batches of {tokens} tokens:"]
+        lines += [f"  {name:18}{size / GiB:8.2f} GiB  {about}".rstrip() for name, size, about in self.rows(tokens)]
+        lines.append(f"  {'total':18}{self.total(tokens) / GiB:8.2f} GiB  of {self.memory / GiB:.2f}")
+        wanted = (
+            f"the longest has {self.wanted}" if self.lengths.known else "neither a dataset nor max_length limits them"
+        )
+        longest = f"{self.longest_pair} tokens" if self.longest_pair else "none"
+        lines.append(f"longest pair that fits: {longest} ({wanted})")
+        lines.append(
+            f"it fits, with max_tokens_per_microbatch={self.token_budget}" if self.fits else "it does not fit:"
+        )
+        return lines + [f"  {sentence}" for sentence in (*self.notes, *self.settings_to_change)]
+
+
+# ---- the plan of a run
+
+
+def plan_memory(
+    model_config: Any,
+    config: DPOConfig,
+    *,
+    memory: int,  # bytes of the card
+    device: launch.Device,
+    peft_config: Any = None,
+    ref_config: Any = None,  # the model config of a given reference model
+    lengths: PairLengths | None = None,
+) -> Plan:
+    """The plan from the model's config alone: no weights are loaded, and no GPU is needed.
+
+    Raises ValueError for a model that does not run on tensors without data.
+    """
+    lengths = lengths or PairLengths.of_config(config)
+
+    def plan_of(config: DPOConfig) -> Plan:
+        policy = meta_policy(model_config, config, peft_config)
+        reference = _reference_bytes(policy, ref_config, config)
+        return replace(_plan(policy, config, lengths, device, memory=memory, reference=reference), context=CONTEXT)
+
+    plan = plan_of(config)
+    return plan if plan.fits else replace(plan, settings_to_change=tuple(_advice(plan, config, plan_of)))
+
+
+def plan_run(
+    policy: Policy,
+    reference: nn.Module | None,  # the policy that the reference runs by, which may be this one
+    config: DPOConfig,
+    lengths: PairLengths,
+    packed: bool,
+) -> Plan:
+    """The plan of a run whose models are loaded on a CUDA device: of its own memory and what is free on the card."""
+    device = config.device
+    free, _ = torch.cuda.mem_get_info(device)
+    memory = free + torch.cuda.memory_reserved(device)
+    return _plan(
+        policy,
+        config,
+        lengths,
+        launch.device_of(device),
+        memory=memory,
+        reference=0 if reference is None or reference is policy else tensor_bytes(reference),
+        packed=packed,
+        facts=device_facts(device, policy.autocast or torch.float32),
+    )
+
+
+def meta_policy(model_config: Any, config: DPOConfig, peft_config: Any = None) -> Policy:
+    """The policy as `build_policy` makes it, without a byte of weights."""
+    adapters = peft_config is not None or config.use_peft
+    if hasattr(peft_config, "init_lora_weights"):  # PiSSA and its like decompose weights, which are not there
+        peft_config = copy.copy(peft_config)
+        peft_config.init_lora_weights = True
+    model: Any = meta_model(model_config, config, load_dtype(config, adapters))
+    with torch.device("meta"):
+        model = add_adapters(model, peft_config, config)
+    autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
+    prepare_precision(model, autocast)
+    return Policy(model, autocast, noisy=not config.disable_dropout).train()
+
+
+def meta_model(model_config: Any, config: DPOConfig, dtype: torch.dtype) -> nn.Module:
+    """A model that has shapes and no weights."""
+    more: Any = config.model_init_kwargs or {}
+    options = {"trust_remote_code": config.trust_remote_code, "dtype": more.get("dtype", dtype)}
+    if config.attn_implementation == "eager":  # which is another backend; what others keep is alike
+        options["attn_implementation"] = "eager"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **options)
+
+
+def tensor_bytes(module: nn.Module, trained: bool | None = None) -> int:
+    """Of parameters and buffers, each once; `trained` takes only those that train, or only those that do not."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.nbytes for tensor in tensors if trained is None or tensor.requires_grad == trained)
+
+
+def _reference_bytes(policy: Policy, ref_config: Any, config: DPOConfig) -> int:
+    """A given reference model's, frozen; a copy of the policy that trains in full; none with adapters, and none that
+    stays where all its log-probs are computed beforehand.
+    """
+    known = config.reference_free or config.precompute_ref_log_probs or config.ref_log_probs
+    if known or not sees_reference(pairwise_loss(config)):
+        return 0
+    if ref_config is not None:
+        return tensor_bytes(meta_model(ref_config, config, load_dtype(config, adapters=True)))
+    return 0 if isinstance(policy.model, PeftModel) else tensor_bytes(policy)
+
+
+def _plan(
+    policy: Policy,
+    config: DPOConfig,
+    lengths: PairLengths,
+    device: launch.Device,
+    *,
+    memory: int,
+    reference: int,
+    packed: bool | None = None,
+    facts: Facts | None = None,
+) -> Plan:
+    compute = policy.autocast or next(p.dtype for p in policy.parameters() if p.is_floating_point())
+    facts = facts or _facts_of_card(device, compute)
+    checkpoint = bool(config.gradient_checkpointing) or checkpoints_already(policy.model)
+    activations = measure_activations(policy, lengths.pair, facts, checkpoint, packed)
+    trained = tensor_bytes(policy, trained=True)
+    numbers = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    adapters = trained if isinstance(policy.model, PeftModel) else 0
+    states, note = optimizer_bytes(config, numbers)
+    return Plan(
+        model=_in_words(policy, numbers, compute, checkpoint, config),
+        memory=memory,
+        lengths=lengths,
+        weights=tensor_bytes(policy) - adapters,
+        adapters=adapters,
+        reference=reference,
+        gradients=trained,
+        optimizer_states=states,
+        update=4 * numbers if str(getattr(config.optim, "value", config.optim)) in _IN_LISTS else 0,
+        products=_cublas_workspaces(device),
+        context=0,
+        slack=round(SLACK * memory),
+        activations=activations,
+        head=_head_memory(policy, activations.hidden_dtype, compute, device),
+        backend=choose(facts)[0],
+        notes=tuple(_notes(activations, note)),
+    )
+
+
+def _facts_of_card(device: launch.Device, compute: torch.dtype) -> Facts:
+    """What attention on that card goes by."""
+    if device.kind != "cuda":
+        return Facts("hip" if device.kind == "hip" else "cpu", dtype=compute)
+    arch = int(device.arch)
+    return Facts("cuda", (arch // 10, arch % 10), compute, flash_built=True)
+
+
+def _cublas_workspaces(device: launch.Device) -> int:
+    """torch's defaults for the handles of the forward's and the backward's thread: 32 MiB on sm_90 and newer."""
+    if not device.compiles:
+        return 0
+    return 2 * (32 * MiB if isinstance(device.arch, int) and device.arch >= 90 else 4096 * 2048 + 16 * 8 * 1024)
+
+
+def optimizer_bytes(config: DPOConfig, trained: int) -> tuple[int, str]:
+    """-> bytes of state on the device for so many trained numbers, and what to say about it."""
+    name = str(getattr(config.optim, "value", config.optim))
+    if name.startswith("paged_"):
+        return 0, f"optim={name} keeps its states on the host where the card is full: counted there"
+    if name not in STATE_BYTES:
+        return round(_ADAM * trained), f"the states of optim={name} are not known: counted as AdamW's, 8 bytes a number"
+    return round(STATE_BYTES[name] * trained), ""
+
+
+def _head_memory(policy: Policy, hidden: torch.dtype, compute: torch.dtype, device: launch.Device) -> HeadMemory:
+    model: Any = base_model(policy.model)
+    with torch.no_grad():
+        weight = output_head(model).weight
+    trains = any(parameter.requires_grad for parameter in model.get_output_embeddings().parameters())
+    vocabulary, hidden_size = weight.shape
+    return HeadMemory(vocabulary, hidden_size, compute, hidden, weight.dtype, trains, device)
+
+
+def _in_words(policy: Policy, trained: int, compute: torch.dtype, checkpoint: bool, config: DPOConfig) -> str:
+    model = base_model(policy.model)
+    every = sum(parameter.numel() for parameter in policy.parameters())
+    return (
+        f"{type(model).__name__}: {every / 1e9:.2f}B parameters, {trained / 1e6:.1f}M train; products in "
+        f"{str(compute).removeprefix('torch.')}, gradient checkpointing {'on' if checkpoint else 'off'}, optim "
+        f"{getattr(config.optim, 'value', config.optim)}"
+    )
+
+
+def _notes(activations: Activations, optimizer: str) -> list[str]:
+    notes = [] if activations.packed else ["padded batches: the model's attention does not take packed pairs"]
+    return notes + ([optimizer] if optimizer else [])
+
+
+# ---- what to change
+
+
+def _advice(plan: Plan, config: DPOConfig, plan_of: Callable[[DPOConfig], Plan]) -> Iterator[str]:
+    """Settings, each on top of those before, until the plan fits; those that change the results least come first."""
+    for name, value, cost in _changes(plan, config):
+        config = copy.copy(config)
+        setattr(config, name, value)
+        plan = plan_of(config)
+        longest = f"pairs of up to {plan.longest_pair} tokens fit" if plan.longest_pair else "still no pair fits"
+        yield f"{name}={value} ({cost}): {longest}"
+        if plan.fits:
+            return
+    if plan.longest_pair >= 2 * USEFUL_LENGTH:
+        yield f"max_length={plan.longest_pair // 2}: longer answers are cut, then every pair fits"
+        return
+    least = (plan.allocated(plan.wanted) + plan.context) / (1 - SLACK)
+    yield (
+        f"all this takes a card of {least / GiB:.0f} GiB, {plan.weights / GiB:.1f} GiB of it for weights: take a "
+        "smaller model or a larger card; weights in 4 bits are not available yet"
+    )
+
+
+def _changes(plan: Plan, config: DPOConfig) -> Iterator[tuple[str, Any, str]]:
+    """(setting, value, what it costs)"""
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing", True, "the same results, a second forward of every block"
+    if plan.reference and VERDICTS["precompute_ref_log_probs"].kind == "works":
+        yield "precompute_ref_log_probs", True, "the same results, the reference model leaves before training"
+    if plan.head.compute == torch.float32 and plan.head.device.compiles and plan.head.device.arch != 75:
+        yield "bf16", True, "products with fewer digits"
+    if plan.optimizer_states > SLACK * plan.memory:
+        yield "optim", "adamw_8bit", "states with fewer digits; needs bitsandbytes"
+    if not plan.adapters:
+        yield "use_peft", True, "trains adapters instead of all weights"

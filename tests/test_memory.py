@@ -1,0 +1,301 @@
+"""The memory plan: counts are exact, what activations keep is what a real run keeps, and what it promises fits."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_models import SIZES, random_pairs, tiny_model
+from transformers import AutoConfig, LlamaConfig
+
+from fastdpo import memory
+from fastdpo.activations import Alive, block_kinds, measure_activations, measure_step
+from fastdpo.attention_backends import Facts
+from fastdpo.batch import pack
+from fastdpo.build import build_policy
+from fastdpo.config import DPOConfig
+from fastdpo.memory import GiB, PairLengths, Plan, meta_policy, optimizer_bytes, plan_memory, tensor_bytes
+from fastdpo.model import Policy, checkpointing, load_model_config, without_dropout
+from fastdpo.optimizer import build_optimizer
+from fastdpo_kernels import launch
+from fastdpo_kernels.linear_logps import linear_logps
+
+H100 = Facts("cuda", (9, 0), torch.bfloat16, flash_built=True)
+T4 = Facts("cuda", (7, 5), torch.float16, flash_built=True)
+CARD = launch.EXAMPLES["RTX 4090"]
+PAIR = random_pairs((100, 90, 130))[0]
+LENGTHS = PairLengths(200, 100, 80)
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+
+
+def options(tmp_path: Any, **given: Any) -> DPOConfig:
+    return DPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, **given)
+
+
+def policy_of(name: str, config: DPOConfig, attention: str = "sdpa", **changes: Any) -> Policy:
+    """A tiny model as a run would have it, its trained parameters with gradients."""
+    model = tiny_model(name, torch.bfloat16 if config.bf16 and config.use_peft else torch.float32, **changes)
+    model.config._attn_implementation = attention
+    policy = build_policy(model, None, config)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    return policy
+
+
+def plan_of(config: DPOConfig, gigabytes: float, model: Any = LLAMA_8B, **given: Any) -> Plan:
+    given = {"lengths": LENGTHS, "device": CARD, **given}
+    return plan_memory(model, config, memory=round(gigabytes * GiB), **given)
+
+
+# ---- what is counted
+
+
+@pytest.mark.parametrize("given", [{"use_peft": True}, {"use_peft": True, "bf16": True}, {}, {"bf16": True}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "opt", "mixtral"])
+def test_weights_and_what_trains_are_those_of_the_model_that_a_run_builds(name, given, tmp_path) -> None:
+    config = options(tmp_path, **given)
+    tiny_model(name).save_pretrained(tmp_path / "model")
+    real = build_policy(str(tmp_path / "model"), None, config)
+    counted = meta_policy(load_model_config(str(tmp_path / "model"), config), config)
+    for trained in (True, False):
+        assert tensor_bytes(counted, trained) == tensor_bytes(real, trained)
+
+
+def test_tied_weights_count_once(tmp_path) -> None:
+    config = options(tmp_path)
+    shape = AutoConfig.for_model("llama", **SIZES)
+    tied, untied = (
+        tensor_bytes(meta_policy(AutoConfig.for_model("llama", **SIZES, tie_word_embeddings=tie), config))
+        for tie in (True, False)
+    )
+    assert untied - tied == 4 * shape.vocab_size * shape.hidden_size
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop"])
+def test_optimizer_states_are_those_that_a_step_leaves(optim, tmp_path) -> None:
+    config = options(tmp_path, optim=optim, learning_rate=1e-3)
+    policy = policy_of("llama", config)
+    optimizer, _ = build_optimizer(policy.model, config, 10)
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    numbers = sum(parameter.numel() for parameter in policy.parameters())
+    assert optimizer_bytes(config, numbers) == (sum(state.nbytes for state in states), "")
+
+
+def test_an_optimizer_whose_states_are_not_known_is_named_and_counts_as_adamw(tmp_path) -> None:
+    states, note = optimizer_bytes(options(tmp_path, optim="grokadamw"), 1000)
+    assert states == 8000 and "grokadamw" in note
+    states, note = optimizer_bytes(options(tmp_path, optim="paged_adamw_8bit"), 1000)
+    assert states == 0 and "host" in note
+
+
+def test_every_optimizer_of_the_table_is_one_that_a_config_takes(tmp_path) -> None:
+    for name in memory.STATE_BYTES:
+        assert options(tmp_path, optim=name).optim == name
+
+
+def test_a_reference_of_its_own_is_counted_where_there_is_one(tmp_path) -> None:
+    full = {"gigabytes": 200, "model": LlamaConfig(**{**SIZES, "num_hidden_layers": 4})}
+    assert plan_of(options(tmp_path, use_peft=True), **full).reference == 0
+    assert plan_of(options(tmp_path, reference_free=True), **full).reference == 0
+    assert plan_of(options(tmp_path, loss_type="simpo"), **full).reference == 0
+    copied = plan_of(options(tmp_path), **full)
+    assert copied.reference == copied.weights
+    given = plan_of(options(tmp_path, bf16=True), ref_config=full["model"], **full)
+    assert given.reference < 0.51 * given.weights  # in bf16, but for its rotary frequencies
+
+
+# ---- activations
+
+
+def really(policy: Policy, pairs: int, checkpoint: bool) -> Any:
+    """The same measurement of the whole model on real tensors."""
+    with without_dropout(policy), checkpointing(policy, None) if checkpoint else nullcontext():
+        return measure_step(policy, pack([PAIR] * pairs), Facts())
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma", "opt", "phi3"])
+def test_activations_of_a_deep_model_are_those_of_running_it(name, adapters, checkpoint, tmp_path) -> None:
+    """With attention by plain matrix products, which a CPU has, too; a flash kernel it has not."""
+    config = options(tmp_path, bf16=True, use_peft=adapters)
+    deep = {"num_hidden_layers": 5, "max_position_embeddings": 512}
+    policy = policy_of(name, config, "eager", **deep, **({"n_positions": 512} if name == "gpt2" else {}))
+    planned = measure_activations(policy, PAIR, Facts(), checkpoint)
+    for pairs in (2, 12):
+        real = really(policy, pairs, checkpoint)
+        lines = planned.forward, planned.at_head, planned.kept, planned.attention, planned.backward, planned.last
+        predicted = [line(len(PAIR.prompt + PAIR.chosen + PAIR.rejected) * pairs) for line in lines]
+        assert predicted == pytest.approx(real.bytes.tolist(), rel=0.06, abs=4096)
+
+
+def test_what_is_kept_is_what_autograd_saves(tmp_path) -> None:
+    """Counted another way: by the storages that saved tensors hold, without parameters."""
+    policy = policy_of("llama", options(tmp_path), "eager", num_hidden_layers=4)
+    batch = pack([PAIR] * 4)
+    saved: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in [*policy.parameters(), *policy.buffers()]}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = policy.hidden_rows(batch)
+    del hidden
+    kept = measure_step(policy, batch, Facts()).bytes[2]
+    assert kept == pytest.approx(sum(saved.values()), rel=0.05)
+
+
+def test_views_count_once_and_parameters_and_their_views_do_not() -> None:
+    weight = torch.nn.Parameter(torch.ones(256, 256))
+    with torch.no_grad(), Alive(iter([weight])) as alive:
+        result = (weight.T @ torch.ones(256, 256)).view(-1)[10:]
+        assert alive.now == 256 * 256 * 4 and alive.peak == 2 * 256 * 256 * 4
+        del result
+        assert alive.now == 0
+
+
+@pytest.mark.parametrize("card", [H100, T4], ids=["flash", "efficient"])
+def test_fused_attention_keeps_its_output_and_a_number_a_query_and_head(card, tmp_path) -> None:
+    policy = policy_of("llama", options(tmp_path, bf16=True, use_peft=True), num_hidden_layers=4)
+    policy.autocast = card.dtype
+    planned = measure_activations(policy, PAIR, card, checkpoint=False)
+    assert planned.attention.per_token == pytest.approx(4 * 4 * (2 * 8 + 4), rel=0.3)  # layers, heads, size, fp32
+    assert measure_activations(policy, PAIR, card, checkpoint=True).attention(1000) == 0
+
+
+def test_blocks_of_one_kind_are_counted_by_what_one_more_adds(tmp_path) -> None:
+    policy = policy_of("deepseek-v3-mla", options(tmp_path), num_hidden_layers=4)
+    assert block_kinds(policy.model) == [[0], [1, 2, 3]]
+    gemma = AutoConfig.for_model("gemma3_text", **{**SIZES, "num_hidden_layers": 8, "sliding_window": 6})
+    assert [len(kind) for kind in block_kinds(meta_policy(gemma, options(tmp_path)).model)] == [7, 1]
+
+
+def test_the_reference_pass_needs_less_than_the_policys(tmp_path) -> None:
+    policy = policy_of("llama", options(tmp_path, bf16=True, use_peft=True))
+    batch = pack([PAIR] * 4)
+    with torch.no_grad(), Alive(iter(policy.parameters())) as alive, torch.autocast("cpu", torch.bfloat16):
+        policy.hidden_rows(batch)
+        reference = alive.peak
+    for checkpoint in (False, True):
+        assert reference <= really(policy, 4, checkpoint).bytes[0]
+
+
+def test_planning_leaves_a_model_as_it_is(tmp_path) -> None:
+    policy = policy_of("llama", options(tmp_path, use_peft=True))
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    layers, gradients = len(policy.model.base_model.model.model.layers), [p.grad for p in policy.parameters()]
+    measure_activations(policy, PAIR, H100, checkpoint=True)
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    assert len(policy.model.base_model.model.model.layers) == layers and not policy.checkpointed
+    assert all(now is then for now, then in zip((p.grad for p in policy.parameters()), gradients, strict=True))
+
+
+@pytest.mark.parametrize("name", ["stablelm", "gptj", "bloom"])
+def test_a_model_that_cannot_pack_is_planned_for_padded_batches(name, tmp_path) -> None:
+    policy = policy_of(name, options(tmp_path, use_peft=True))
+    assert not measure_activations(policy, PAIR, H100, checkpoint=False).packed
+
+
+# ---- the head
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("rows", [40, 400])
+@pytest.mark.kernels
+def test_the_heads_bytes_are_those_that_linear_logps_allocates(rows, trains, monkeypatch) -> None:
+    device = launch.Device("interpreter", memory_bytes=0)
+    workspace = 128 * 512 * 4
+    monkeypatch.setattr(launch, "default_workspace_bytes", lambda device: workspace)
+    monkeypatch.setattr(launch, "head_method", lambda *args: ("streamed", ""))
+    head = memory.HeadMemory(512, 64, torch.float32, torch.float32, torch.float32, trains, device)
+    hidden, weight = torch.randn(rows, 64, requires_grad=True), torch.randn(512, 64, requires_grad=trains)
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight) if trains else None
+    with Alive(iter([hidden, weight, hidden.grad, *([weight.grad] if trains else [])])) as alive:
+        logps, _ = linear_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64), method="streamed")
+        gc.collect()  # Triton's interpreter leaves cycles that hold the workspace
+        forward = alive.start_peak()
+        logps.sum().backward()
+        backward = alive.start_peak()
+    assert forward == pytest.approx(head.forward(rows), rel=0.1)
+    assert backward == pytest.approx(head.backward(rows), rel=0.1)
+
+
+# ---- what follows
+
+
+def test_the_budget_is_the_most_that_fits_by_the_plans_own_total(tmp_path) -> None:
+    plan = plan_of(options(tmp_path, use_peft=True, bf16=True), 24)
+    budget = plan.token_budget
+    assert 100 < budget < memory.MOST_TOKENS and plan.fits
+    assert plan.total(budget) <= plan.memory < plan.total(budget + 1)
+    assert sum(size for _, size, _ in plan.rows(budget)) == pytest.approx(plan.total(budget))
+
+
+def test_a_smaller_card_gets_a_smaller_budget_and_checkpointing_a_larger_one(tmp_path) -> None:
+    config = options(tmp_path, use_peft=True, bf16=True)
+    budgets = [plan_of(config, gigabytes).longest_pair for gigabytes in (20, 24, 48, 80)]
+    assert budgets == sorted(set(budgets))
+    assert (
+        plan_of(options(tmp_path, use_peft=True, bf16=True, gradient_checkpointing=True), 24).longest_pair
+        > 5 * budgets[1]
+    )
+
+
+def test_a_budget_never_exceeds_what_kernels_index(tmp_path) -> None:
+    plan = plan_of(options(tmp_path, bf16=True), 80, AutoConfig.for_model("llama", **SIZES))
+    assert plan.token_budget == memory.MOST_TOKENS < plan.longest_pair
+
+
+def test_a_single_micro_batch_needs_no_more_than_one_of_several(tmp_path) -> None:
+    plan = plan_of(options(tmp_path, bf16=True), 200)
+    assert plan.allocated(4000) - plan.gradients <= plan.allocated(4000, accumulating=False) < plan.allocated(4000)
+
+
+def test_what_does_not_fit_says_which_settings_to_change(tmp_path) -> None:
+    long = PairLengths(1000, 1000, 1000)
+    plan = plan_of(options(tmp_path, use_peft=True, bf16=True), 24, lengths=long)
+    assert not plan.fits
+    (sentence,) = plan.settings_to_change
+    assert sentence.startswith("gradient_checkpointing=True") and "up to" in sentence
+    named = [s.split("=")[0] for s in plan_of(options(tmp_path, bf16=True), 24, lengths=long).settings_to_change]
+    assert named[0] == "gradient_checkpointing" and named[-1] == "use_peft"
+    assert plan_of(options(tmp_path, use_peft=True, bf16=True), 80, lengths=long).settings_to_change == ()
+
+
+def test_a_pair_too_long_for_every_setting_is_to_be_cut(tmp_path) -> None:
+    plan = plan_of(options(tmp_path, use_peft=True, bf16=True), 20, lengths=PairLengths(0, 60_000, 60_000))
+    assert plan.settings_to_change[-1].startswith("max_length=")
+
+
+def test_weights_beyond_the_card_are_said_to_be_so(tmp_path) -> None:
+    plan = plan_of(options(tmp_path, use_peft=True, bf16=True), 8)
+    assert plan.longest_pair == 0 and plan.token_budget == 0
+    assert "15.0 GiB of it for weights" in plan.settings_to_change[-1]
+    assert "none" in "\n".join(plan.lines())
+
+
+def test_lengths_come_from_the_longest_pair_of_all_tables_or_from_max_length(tmp_path) -> None:
+    rows = {"prompt_ids": [[1] * 5, [1] * 2], "chosen_ids": [[1] * 3, [1] * 9], "rejected_ids": [[1] * 2, [1] * 4]}
+    tables = [Dataset.from_dict(rows), Dataset.from_dict({name: lists[:1] for name, lists in rows.items()})]
+    lengths = PairLengths.of_tables(tables, options(tmp_path))
+    assert lengths == PairLengths(2, 9, 4) and (lengths.tokens(True), lengths.tokens(False)) == (15, 17)
+    assert PairLengths.of_tables([], options(tmp_path, max_length=100)) == PairLengths(1, 99, 99)
+    assert PairLengths.of_tables([tables[0].to_iterable_dataset()], options(tmp_path)).tokens(True) == 2047
+    assert not PairLengths.of_config(options(tmp_path, max_length=None)).known

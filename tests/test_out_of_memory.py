@@ -1,0 +1,173 @@
+"""A step that runs out of GPU memory is done again in smaller micro-batches, and nothing else of the run changes."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastdpo
+from fastdpo.batch import PreferenceBatch
+from fastdpo.loader import train_loader
+from fastdpo.optimizer import allocate_states
+
+ROOM = 100_000  # more than a batch has tokens: everything is one micro-batch until memory runs out
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations, forward and backward, and fails one of them as a full GPU would."""
+
+    def __init__(self, failing: int | None = None) -> None:
+        super().__init__()
+        self.count, self.failing = 0, failing
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return func(*args, **(kwargs or {}))
+
+
+def trainer_of(rows: list, tokenizer: Any, options: dict[str, Any]) -> fastdpo.DPOTrainer:
+    options = {"max_tokens_per_microbatch": ROOM, **options, "max_steps": 3}
+    return fastdpo.DPOTrainer(
+        tiny_llama(), args=fastdpo.DPOConfig(**options), train_dataset=rows, processing_class=tokenizer
+    )
+
+
+def train(trainer: fastdpo.DPOTrainer, around: Callable[[int], Operations]) -> list[int]:
+    """Trains with the gradients of each step computed inside of `around(step)`; -> operations of each attempt."""
+    backward, counts = trainer._backward, []
+
+    def watched(batches: list[PreferenceBatch]) -> None:
+        with around(len(counts)) as operations:
+            counts.append(0)
+            try:
+                backward(batches)
+            finally:
+                counts[-1] = operations.count
+
+    trainer._backward = watched  # type: ignore[method-assign]
+    trainer.train()
+    return counts
+
+
+def numbers(trainer: fastdpo.DPOTrainer) -> list[dict[str, float]]:
+    timing = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    return [{k: v for k, v in row.items() if k not in timing} for row in trainer.state.log_history]
+
+
+def assert_same_run(ours: fastdpo.DPOTrainer, expected: fastdpo.DPOTrainer) -> None:
+    for row, other in zip(numbers(ours), numbers(expected), strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+    for (name, value), other in zip(ours.model.state_dict().items(), expected.model.state_dict().values(), strict=True):
+        assert (value - other).norm() <= 1e-5 * other.norm(), name
+
+
+@pytest.mark.parametrize("where", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("loss", ["sigmoid", "bco_pair", "aot"])
+def test_memory_that_runs_out_anywhere_in_a_step_changes_no_number(
+    where: float, loss: str, rows: list, tokenizer: Any, quick: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick |= {"loss_type": loss, "adam_epsilon": 1e-6}
+    usual = trainer_of(rows, tokenizer, quick)
+    counts = train(usual, lambda step: Operations())
+    at = 1 + round(where * (counts[1] - 1))
+    halved = trainer_of(rows, tokenizer, quick)
+    with caplog.at_level(logging.WARNING, "fastdpo"):
+        attempts = train(halved, lambda attempt: Operations(failing=at if attempt == 1 else None))
+    assert attempts[1] == at and len(attempts) == 4
+    assert sum("out of GPU memory" in record.message for record in caplog.records) == 1
+    assert_same_run(halved, usual)
+
+
+def test_memory_that_runs_out_in_the_first_step_and_again_is_halved_again(
+    rows: list, tokenizer: Any, quick: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    usual = trainer_of(rows, tokenizer, quick)
+    train(usual, lambda step: Operations())
+    halved, sizes = trainer_of(rows, tokenizer, quick), []
+    step = halved._within_budget
+    halved._within_budget = lambda batches: sizes.append(grouped := step(batches)) or grouped  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING, "fastdpo"):
+        train(halved, lambda attempt: Operations(failing=50 if attempt < 2 else None))
+    first, second, third = (max(batch.input_ids.numel() for batch in batches) for batches in sizes[:3])
+    assert second <= first / 2 and third <= max(second / 2, 58)  # the longest pair
+    later = [batch for batches in sizes[2:] for batch in batches]
+    assert all(batch.num_pairs == 1 or batch.input_ids.numel() <= second / 2 for batch in later)
+    assert sum("out of GPU memory" in record.message for record in caplog.records) == 1
+    assert_same_run(halved, usual)
+
+
+def test_one_pair_that_does_not_fit_ends_the_run_with_what_to_change(rows: list, tokenizer: Any, quick: dict) -> None:
+    trainer = trainer_of(rows, tokenizer, quick | {"max_tokens_per_microbatch": 1})
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        train(trainer, lambda attempt: Operations(failing=5))
+    assert any("gradient_checkpointing=True" in note for note in raised.value.__notes__)
+
+
+def test_nothing_of_a_failed_attempt_is_alive_in_the_next(rows: list, tokenizer: Any, quick: dict) -> None:
+    """The error's traceback holds the frames, and they the activations, until it is let go."""
+    trainer, alive = trainer_of(rows, tokenizer, quick), []
+    backward = trainer._backward
+
+    def failing(batches: list[PreferenceBatch]) -> None:
+        graphs = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.grad_fn is not None]
+        alive.append(len(graphs))
+        if len(alive) == 1:
+            batches = [batch.to("cpu") for batch in batches]
+            activations = [result.losses for result, _ in trainer._running.step(batches)]
+            assert activations[0].grad_fn is not None
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backward(batches)
+
+    trainer._backward = failing  # type: ignore[method-assign]
+    trainer.train()
+    assert len(alive) == 4 and alive[1] == alive[0]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_regrouping_keeps_every_pair_and_its_key(layout: str, rows: list, tokenizer: Any, quick: dict) -> None:
+    trainer = trainer_of(rows, tokenizer, quick)
+    loader = train_loader(trainer.train_dataset, trainer.layout, trainer.args)
+    batches = next(iter(loader))
+    again = loader.collate_fn.regroup(batches, 150)
+    assert len(again) > len(batches)
+    assert sorted(key for batch in again for key in batch.keys) == sorted(key for b in batches for key in b.keys)
+    assert sum(batch.num_chosen_tokens for batch in again) == sum(batch.num_chosen_tokens for batch in batches)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+def test_states_that_are_allocated_before_the_first_step_change_nothing(
+    optim: str, rows: list, tokenizer: Any, quick: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_states = trainer_of(rows, tokenizer, quick | {"optim": optim})
+    with_states.train()
+    monkeypatch.setattr(sys.modules["fastdpo.train"], "allocate_states", lambda optimizer: None)
+    without = trainer_of(rows, tokenizer, quick | {"optim": optim})
+    without.train()
+    for value, other in zip(with_states.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(value, other)
+
+
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"fused": True}, {"capturable": False, "foreach": True}])
+def test_allocated_states_are_those_that_the_first_update_makes(options: dict[str, Any]) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(4))]
+    ours, made = (torch.optim.AdamW(parameters, lr=0.0, **options) for _ in "ab")
+    allocate_states(ours)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    for parameter in parameters:
+        state = made.state[parameter]
+        assert ours.state[parameter].keys() == state.keys()
+        for name, value in ours.state[parameter].items():
+            assert value.dtype == state[name].dtype and value.device == state[name].device
+            assert value.shape == state[name].shape and not value.any()
