@@ -28,6 +28,7 @@ from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, 
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
 from fastdpo.losses import find_loss, pairwise_loss, sees_mean_reward, sees_reference
+from fastdpo.memory import PairLengths, plan_run
 from fastdpo.metrics import RunFiles
 from fastdpo.model import (
     Policy,
@@ -192,6 +193,28 @@ def build_reference(
     return find_reference(policy, ref_policy, probe, config.ld_alpha)
 
 
+def plan_batches(
+    policy: Policy,
+    reference: Reference | NoReference,
+    tables: Mapping[str, Table | None],
+    layout: Layout,
+    config: DPOConfig,
+) -> None:
+    """On a CUDA device: the memory plan, and `max_tokens_per_microbatch` from it where it is unset."""
+    if config.device.type != "cuda":
+        return
+    lengths = PairLengths.of_tables([table for table in tables.values() if table is not None], config)
+    try:
+        plan = plan_run(policy, reference.policy, config, lengths, layout.packed)
+    except ValueError as reason:
+        logger.warning("memory: %s; until then micro-batches go by pairs", reason)
+        return
+    for line in plan.lines():
+        logger.log(logging.INFO if plan.fits else logging.WARNING, "memory: %s", line)
+    if config.max_tokens_per_microbatch is None:
+        config.max_tokens_per_microbatch = max(1, plan.token_budget)
+
+
 def remember_reference(
     reference: Reference | NoReference,
     tables: Mapping[str, Table | None],
@@ -200,23 +223,24 @@ def remember_reference(
     config: DPOConfig,
     model: Model | None,
     ref_model: Model | None,
-) -> None:
+) -> bool:
     """With `precompute_ref_log_probs` or `ref_log_probs`: log-probs of all rows, after which a reference model of its
-    own is freed.
+    own is freed; -> whether one was.
     """
     if isinstance(reference, NoReference) or not (config.precompute_ref_log_probs or config.ref_log_probs):
-        return
+        return False
     source = model if ref_model is None else ref_model
     given = {name: table for name, table in tables.items() if table is not None}
     complete = remember(reference, given, layout, config, source if isinstance(source, str) else None)
     if not complete or reference.policy is policy:
-        return
+        return False
     reference.free()
     if isinstance(ref_model, nn.Module) and config.device.type != "cpu":
         ref_model.to("cpu")  # type: ignore[arg-type] # whoever gave it may hold on to it
     gc.collect()
     torch.cuda.empty_cache()
     logger.info("reference: freed, as all of its log-probs are known")
+    return True
 
 
 def build_mean_reward(loss: PairwiseLoss, config: DPOConfig) -> MeanReward | None:

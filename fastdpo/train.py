@@ -107,10 +107,14 @@ class DPOTrainer:
         self.state, self.control = TrainerState(), TrainerControl()
         given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
         self.callback_handler = build.build_callbacks([*reporters, *given], self.policy, self.processing_class, args)
-        build.describe(self.policy, self.layout, self.reference, args)
         del ref_policy  # the reference alone holds it from here on, and may let go of it
         tables = {"train": self.train_dataset, **self.eval_dataset}
-        build.remember_reference(self.reference, tables, self.policy, self.layout, args, model, ref_model)
+        given_budget = args.max_tokens_per_microbatch
+        build.plan_batches(self.policy, self.reference, tables, self.layout, args)
+        if build.remember_reference(self.reference, tables, self.policy, self.layout, args, model, ref_model):
+            args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
+            build.plan_batches(self.policy, self.reference, tables, self.layout, args)
+        build.describe(self.policy, self.layout, self.reference, args)
         self.control = self.callback_handler.on_init_end(args, self.state, self.control)
 
     @property

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +19,13 @@ from fastdpo import memory
 from fastdpo.activations import Alive, block_kinds, measure_activations, measure_step
 from fastdpo.attention_backends import Facts
 from fastdpo.batch import pack
-from fastdpo.build import build_policy
+from fastdpo.build import build_policy, plan_batches
 from fastdpo.config import DPOConfig
-from fastdpo.memory import GiB, PairLengths, Plan, meta_policy, optimizer_bytes, plan_memory, tensor_bytes
+from fastdpo.layout import Layout
+from fastdpo.memory import GiB, MiB, PairLengths, Plan, meta_policy, optimizer_bytes, plan_memory, tensor_bytes
 from fastdpo.model import Policy, checkpointing, load_model_config, without_dropout
 from fastdpo.optimizer import build_optimizer
+from fastdpo.reference import NoReference
 from fastdpo_kernels import launch
 from fastdpo_kernels.linear_logps import linear_logps
 
@@ -299,3 +304,32 @@ def test_lengths_come_from_the_longest_pair_of_all_tables_or_from_max_length(tmp
     assert PairLengths.of_tables([], options(tmp_path, max_length=100)) == PairLengths(1, 99, 99)
     assert PairLengths.of_tables([tables[0].to_iterable_dataset()], options(tmp_path)).tokens(True) == 2047
     assert not PairLengths.of_config(options(tmp_path, max_length=None)).known
+
+
+@pytest.mark.parametrize("given", [None, 777])
+def test_a_run_on_a_gpu_plans_its_micro_batches_where_it_is_not_told(
+    given: int | None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Planning needs no GPU, only what one would say of itself."""
+    config = options(tmp_path, max_tokens_per_microbatch=given, use_peft=True)
+    policy = policy_of("llama", config)
+    table = Dataset.from_dict({"prompt_ids": [[1] * 50], "chosen_ids": [[2] * 20], "rejected_ids": [[3] * 30]})
+    budgets = []
+    for free in (300 * MiB, 200 * MiB):
+        monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+        monkeypatch.setattr(launch, "device_of", lambda device: CARD)
+        monkeypatch.setattr(memory, "device_facts", lambda device, dtype: replace(T4, dtype=dtype))
+        run = copy.copy(config)
+        with caplog.at_level(logging.INFO, "fastdpo"):
+            plan_batches(policy, NoReference(), {"train": table, "eval": None}, Layout(True, ""), run)
+        budgets.append(run.max_tokens_per_microbatch)
+    assert "the longest has 100" in caplog.text
+    assert budgets == [777, 777] if given else 100 < budgets[1] < 0.8 * budgets[0]
+
+
+def test_a_run_on_a_cpu_plans_nothing(tmp_path: Any) -> None:
+    config = options(tmp_path)
+    plan_batches(policy_of("llama", config), NoReference(), {}, Layout(True, ""), config)
+    assert config.max_tokens_per_microbatch is None
