@@ -417,7 +417,7 @@ def _join_states(
 ) -> None:
     """Writes every tensor of `result`."""
     rows, hidden_size = hidden.shape
-    config = launch.fused_join(hidden_size, hidden.element_size())
+    config = launch.fused_join(hidden_size)
     _join_states_kernel[(triton.cdiv(rows, launch.FUSED_JOIN_ROWS),)](
         states, hidden, weight, bias, targets, result.logps, *result.saved, *map(result.stats.get, STATS),
         rows, weight.shape[0], hidden_size, hidden.stride(0), weight.stride(0), states.shape[0],
