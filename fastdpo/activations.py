@@ -3,7 +3,7 @@
 The model is copied with as few blocks as show what each kind of block adds, its tensors replaced by fakes that have
 shapes and no storage. The copy runs forward and backward in the code of a real run, with the attention kernels of the
 card that is asked about, while every storage that the model's operations make is followed from its birth to its death.
-Two batches of different size give a line: fixed bytes, and bytes a token. It takes less than a second for 8B
+Two batches of different size give a line: fixed bytes, and bytes a token. It takes one or two seconds for 8B
 parameters, and neither a GPU nor weights.
 
 What cannot be seen this way is what kernels allocate inside of themselves; `_INSIDE` has it for attention.
@@ -147,15 +147,15 @@ def _run(
     """These blocks of the policy on fake tensors, with a few pairs and with twice as many."""
     pairs = [pair] * min(PAIRS, math.ceil(TOKENS / (len(pair.prompt) + len(pair.chosen) + len(pair.rejected))))
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
-        copied = Policy(fake_copy(base_model(policy.model), blocks), policy.autocast, policy.noisy).train()
-        if copied.asked_attention == "flash_attention_2":
-            copied.asked_attention = None  # torch's own keeps the same, and takes tensors without data
-        if not policy.noisy:
-            stack.enter_context(without_dropout(copied))
-        if checkpoint:
-            stack.enter_context(checkpointing(copied, None))
-        batches = [pack(every) if packed else pad(every) for every in (pairs, 2 * pairs)]
         try:
+            copied = Policy(fake_copy(base_model(policy.model), blocks), policy.autocast, policy.noisy).train()
+            if copied.asked_attention == "flash_attention_2":
+                copied.asked_attention = None  # torch's own keeps the same, and takes tensors without data
+            if not policy.noisy:
+                stack.enter_context(without_dropout(copied))
+            if checkpoint:
+                stack.enter_context(checkpointing(copied, None))
+            batches = [pack(every) if packed else pad(every) for every in (pairs, 2 * pairs)]
             return [measure_step(copied, batch, card) for batch in batches]
         except (CannotPack, torch.OutOfMemoryError):
             raise

@@ -221,6 +221,8 @@ def check_asked(asked: str | None, device: torch.device, dtype: torch.dtype) -> 
     """Raises Refused where what was asked for cannot run here, whatever the model."""
     if asked == "flash_attention_2":
         choose(replace(device_facts(device, dtype), asked=asked))
+    if asked == "flex_attention" and device.type == "cpu":
+        raise Refused("attn_implementation='flex_attention' has no gradient on a CPU: leave it out")
 
 
 # ---- one call for all segments

@@ -59,7 +59,7 @@ class Segments(_TensorFields):
     cu_keys: Tensor  # (S + 1,) int32
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
-    masks: dict[tuple, Tensor] = field(default_factory=dict, compare=False, repr=False)  # attention.py fills it
+    masks: dict[tuple, Tensor] = field(default_factory=dict, compare=False, repr=False)  # by attention_backends
 
 
 @dataclass(frozen=True)

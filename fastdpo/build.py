@@ -9,6 +9,7 @@ import gc
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers import AutoTokenizer, DefaultFlowCallback, PreTrainedModel, Pr
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
-from fastdpo.attention import backend_report
+from fastdpo.attention import CannotPack, backend_report
 from fastdpo.attention_backends import check_asked
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, prepare_tokenizer, tokenize_pairs
@@ -203,10 +204,10 @@ def plan_batches(
     """On a CUDA device: the memory plan, and `max_tokens_per_microbatch` from it where it is unset."""
     if config.device.type != "cuda":
         return
-    lengths = PairLengths.of_tables([table for table in tables.values() if table is not None], config)
+    lengths = PairLengths.of_tables([table for table in tables.values() if table is not None], config, layout.packed)
     try:
         plan = plan_run(policy, reference.policy, config, lengths, layout.packed)
-    except ValueError as reason:
+    except (ValueError, CannotPack) as reason:
         logger.warning("memory: %s; until then micro-batches go by pairs", reason)
         return
     for line in plan.lines():
@@ -241,6 +242,30 @@ def remember_reference(
     torch.cuda.empty_cache()
     logger.info("reference: freed, as all of its log-probs are known")
     return True
+
+
+def compute_reference(
+    model: str, ref_model: str | None, train_dataset: Any, eval_dataset: Any, config: DPOConfig
+) -> int:
+    """`fastdpo reference`: one frozen model, as a run with this config would have its reference, and nothing that
+    trains; -> rows whose log-probs are in `config.ref_log_probs`.
+    """
+    check_models(model, ref_model, config, None)
+    tokenizer = find_tokenizer(None, model, config)
+    tables = build_eval_tables(eval_dataset, tokenizer, config)
+    tables["train"] = build_table(train_dataset, tokenizer, config, "train", config.dataset_train_split)
+    source = model if ref_model is None else ref_model
+    frozen = config.use_peft or ref_model is not None
+    loaded: Any = load_model(source, config, adapters=frozen)
+    if not frozen:
+        loaded.float()  # as what trains in full is
+    autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
+    policy = Policy(loaded.to(config.device), autocast).requires_grad_(False).eval()
+    tables = check_fit(policy, None, tables, tokenizer, config)
+    layout = common_layout(policy, None, tokenizer)
+    reference = Reference(policy, nullcontext, f"{source} alone", True, config.ld_alpha)
+    remember(reference, tables, layout, config, source)
+    return reference.known_rows
 
 
 def build_mean_reward(loss: PairwiseLoss, config: DPOConfig) -> MeanReward | None:

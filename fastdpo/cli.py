@@ -130,6 +130,8 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
     tables = []
     if inputs.train_dataset is not None:
         folder = Path(inputs.model).parent if Path(inputs.model).is_file() else inputs.model
+        if Path(folder).is_dir() and not any(Path(folder).glob("tokenizer*")):
+            raise ValueError(f"{folder} has no tokenizer to count tokens with: leave --train_dataset out, or add one.")
         tokenizer = build.find_tokenizer(None, str(folder), config)
         rows, _ = _datasets(inputs, config)
         tables = [build.build_table(rows, tokenizer, config, "train", config.dataset_train_split)]
@@ -141,6 +143,8 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
         ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config),
         lengths=memory.PairLengths.of_tables(tables, config),
     )
+    if not here:
+        print(f"a card like an RTX 4090 with {device.memory_bytes / 2**30:.4g} GiB:")
     print("\n".join(made.lines()))
     return 0 if made.fits else 1
 
@@ -156,12 +160,10 @@ def _reference(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as nothing:  # goes into it
         config = DPOConfig(**{**options, **ours, "output_dir": nothing})
         train_dataset, eval_dataset = _datasets(inputs, config)
-        from fastdpo import DPOTrainer
+        from fastdpo.build import compute_reference
 
-        trainer = DPOTrainer(
-            inputs.model, inputs.ref_model, config, train_dataset=train_dataset, eval_dataset=eval_dataset
-        )
-    print(f"reference log-probs of {trainer.reference.known_rows} rows are in {inputs.output}")
+        known = compute_reference(inputs.model, inputs.ref_model, train_dataset, eval_dataset, config)
+    print(f"reference log-probs of {known} rows are in {inputs.output}")
 
 
 def _datasets(inputs: argparse.Namespace, config: "DPOConfig") -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -40,7 +41,6 @@ from fastdpo.model import (
     output_head,
     prepare_precision,
 )
-from fastdpo.verdicts import VERDICTS
 from fastdpo_kernels import launch
 
 GiB, MiB = 2**30, 2**20
@@ -92,20 +92,23 @@ class PairLengths:
         return cls(1, length - 1, length - 1, known=config.max_length is not None)
 
     @classmethod
-    def of_tables(cls, tables: Iterable[Any], config: DPOConfig) -> PairLengths:
+    def of_tables(cls, tables: Iterable[Any], config: DPOConfig, packed: bool = True) -> PairLengths:
         """The longest pair of tokenized tables; of streams, and without any, the longest that there may be."""
         longest = []
         for table in tables:
             if not isinstance(table, Dataset):
                 return cls.of_config(config)
-            columns = [list_lengths(table, column) for column in ID_COLUMNS]
-            at = int(sum(columns).argmax())  # type: ignore[union-attr]
-            prompt, chosen, rejected = (int(column[at]) for column in columns)
-            longest.append(cls(prompt, chosen, rejected))
-        return max(longest, key=lambda lengths: lengths.tokens(True), default=cls.of_config(config))
+            prompts, chosen, rejected = (list_lengths(table, column) for column in ID_COLUMNS)
+            sides = chosen + rejected if packed else np.maximum(chosen, rejected)
+            at = int((prompts + sides).argmax())
+            longest.append(cls(int(prompts[at]), int(chosen[at]), int(rejected[at])))
+        return max(longest, key=lambda lengths: lengths.tokens(packed), default=cls.of_config(config))
 
     def tokens(self, packed: bool) -> int:
-        return self.prompt + self.chosen + self.rejected + (0 if packed else self.prompt)
+        """What a pair costs, as `Layout.tokens` has it: its prompt once, or two rows of its longer side."""
+        if packed:
+            return self.prompt + self.chosen + self.rejected
+        return 2 * (self.prompt + max(self.chosen, self.rejected))
 
     @property
     def scored(self) -> int:
@@ -183,6 +186,7 @@ class Plan:
     weights: int  # of the base, whatever their dtype
     adapters: int
     reference: int  # a model of its own
+    ahead: int  # a model of its own that is freed before training, when its log-probs are known
     gradients: int
     optimizer_states: int
     update: int  # beside them, while the optimizer steps
@@ -192,6 +196,8 @@ class Plan:
     activations: Activations
     head: HeadMemory
     backend: str  # of attention, in words
+    batch_pairs: int = 1  # of an optimizer batch
+    given_budget: int | None = None  # max_tokens_per_microbatch
     notes: tuple[str, ...] = ()
     settings_to_change: tuple[str, ...] = field(default=())  # where it does not fit
 
@@ -227,7 +233,8 @@ class Plan:
         return self.fixed + round(max(*peaks.values(), self.update))
 
     def total(self, tokens: int) -> int:
-        return self.allocated(tokens) + self.context + self.slack
+        loading = self.weights + self.adapters + self.ahead + self.products + self.head.workspace(self.scored(tokens))
+        return max(self.allocated(tokens), loading if self.ahead else 0) + self.context + self.slack
 
     @property
     def longest_pair(self) -> int:
@@ -251,8 +258,16 @@ class Plan:
         return self.lengths.tokens(self.activations.packed) if self.lengths.known else 1
 
     @property
+    def largest(self) -> int:
+        """Tokens of the run's largest micro-batch: a whole optimizer batch, or what the budget allows; a pair that is
+        longer goes alone.
+        """
+        budget = self.token_budget if self.given_budget is None else self.given_budget
+        return max(min(self.batch_pairs * self.wanted, budget) if self.lengths.known else budget, self.wanted)
+
+    @property
     def fits(self) -> bool:
-        return self.longest_pair >= self.wanted
+        return self.total(self.largest) <= self.memory
 
     def rows(self, tokens: int) -> list[tuple[str, float, str]]:
         """(part, bytes, about it) at a micro-batch of so many tokens; they add up to the total."""
@@ -264,7 +279,7 @@ class Plan:
         return [
             ("weights", self.weights, ""),
             ("adapters", self.adapters, "fp32"),
-            ("reference model", self.reference, ""),
+            ("reference model", self.reference, "" if not self.ahead else "freed once its log-probs are known"),
             ("gradients", self.gradients, "fp32"),
             ("optimizer states", self.optimizer_states, ""),
             ("activations", kept - attention, f"{made.kept.per_token / 1024:.0f} KiB a token with attention's"),
@@ -277,7 +292,7 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan for people."""
-        tokens = self.token_budget if self.fits else self.wanted
+        tokens = self.largest
         lines = [self.model, f"at micro-batches of {tokens} tokens:"]
         lines += [f"  {name:18}{size / GiB:8.2f} GiB  {about}".rstrip() for name, size, about in self.rows(tokens)]
         lines.append(f"  {'total':18}{self.total(tokens) / GiB:8.2f} GiB  of {self.memory / GiB:.2f}")
@@ -286,9 +301,10 @@ class Plan:
         )
         longest = f"{self.longest_pair} tokens" if self.longest_pair else "none"
         lines.append(f"longest pair that fits: {longest} ({wanted})")
-        lines.append(
-            f"it fits, with max_tokens_per_microbatch={self.token_budget}" if self.fits else "it does not fit:"
-        )
+        if self.fits and self.given_budget is None:
+            lines.append(f"it fits, with max_tokens_per_microbatch={self.token_budget}")
+        else:
+            lines.append("it fits" if self.fits else "it does not fit:")
         return lines + [f"  {sentence}" for sentence in (*self.notes, *self.settings_to_change)]
 
 
@@ -314,7 +330,10 @@ def plan_memory(
     def plan_of(config: DPOConfig) -> Plan:
         policy = meta_policy(model_config, config, peft_config)
         reference = _reference_bytes(policy, ref_config, config)
-        return replace(_plan(policy, config, lengths, device, memory=memory, reference=reference), context=CONTEXT)
+        freed = bool(config.precompute_ref_log_probs or config.ref_log_probs)
+        stays, ahead = (0, reference) if freed else (reference, 0)
+        plan = _plan(policy, config, lengths, device, memory=memory, reference=stays, ahead=ahead)
+        return replace(plan, context=CONTEXT)
 
     plan = plan_of(config)
     return plan if plan.fits else replace(plan, settings_to_change=tuple(_advice(plan, config, plan_of)))
@@ -330,14 +349,16 @@ def plan_run(
     """The plan of a run whose models are loaded on a CUDA device: of its own memory and what is free on the card."""
     device = config.device
     free, _ = torch.cuda.mem_get_info(device)
-    memory = free + torch.cuda.memory_reserved(device)
+    separate = 0 if reference is None or reference is policy else tensor_bytes(reference)
+    others = max(0, torch.cuda.memory_allocated(device) - tensor_bytes(policy) - separate)  # of this process
+    memory = free + torch.cuda.memory_reserved(device) - others
     return _plan(
         policy,
         config,
         lengths,
         launch.device_of(device),
         memory=memory,
-        reference=0 if reference is None or reference is policy else tensor_bytes(reference),
+        reference=separate,
         packed=packed,
         facts=device_facts(device, policy.autocast or torch.float32),
     )
@@ -374,11 +395,8 @@ def tensor_bytes(module: nn.Module, trained: bool | None = None) -> int:
 
 
 def _reference_bytes(policy: Policy, ref_config: Any, config: DPOConfig) -> int:
-    """A given reference model's, frozen; a copy of the policy that trains in full; none with adapters, and none that
-    stays where all its log-probs are computed beforehand.
-    """
-    known = config.reference_free or config.precompute_ref_log_probs or config.ref_log_probs
-    if known or not sees_reference(pairwise_loss(config)):
+    """A given reference model's, frozen; a copy of the policy that trains in full; none with adapters."""
+    if config.reference_free or not sees_reference(pairwise_loss(config)):
         return 0
     if ref_config is not None:
         return tensor_bytes(meta_model(ref_config, config, load_dtype(config, adapters=True)))
@@ -393,6 +411,7 @@ def _plan(
     *,
     memory: int,
     reference: int,
+    ahead: int = 0,
     packed: bool | None = None,
     facts: Facts | None = None,
 ) -> Plan:
@@ -411,6 +430,7 @@ def _plan(
         weights=tensor_bytes(policy) - adapters,
         adapters=adapters,
         reference=reference,
+        ahead=ahead,
         gradients=trained,
         optimizer_states=states,
         update=4 * numbers if str(getattr(config.optim, "value", config.optim)) in _IN_LISTS else 0,
@@ -420,6 +440,8 @@ def _plan(
         activations=activations,
         head=_head_memory(policy, activations.hidden_dtype, compute, device),
         backend=choose(facts)[0],
+        batch_pairs=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        given_budget=config.max_tokens_per_microbatch,
         notes=tuple(_notes(activations, note)),
     )
 
@@ -500,7 +522,10 @@ def _changes(plan: Plan, config: DPOConfig) -> Iterator[tuple[str, Any, str]]:
     """(setting, value, what it costs)"""
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing", True, "the same results, a second forward of every block"
-    if plan.reference and VERDICTS["precompute_ref_log_probs"].kind == "works":
+    if plan.given_budget is not None and plan.longest_pair >= plan.wanted:
+        yield "max_tokens_per_microbatch", plan.token_budget, "the same results"
+        return
+    if plan.reference:
         yield "precompute_ref_log_probs", True, "the same results, the reference model leaves before training"
     if plan.head.compute == torch.float32 and plan.head.device.compiles and plan.head.device.arch != 75:
         yield "bf16", True, "products with fewer digits"

@@ -137,22 +137,26 @@ class ReferenceMemory:
 
     def recall(self, keys: Sequence[bytes]) -> Tensor:
         """-> (len(keys), 2) fp64."""
-        return self.values.index_select(0, self._slots(keys))
+        return self.values.index_select(0, self._indices([self.slots[key] for key in keys]))
 
     def store(self, keys: Sequence[bytes], logps: Tensor) -> None:
         """`logps` is (len(keys), 2)."""
+        new: dict[bytes, int] = {}
         for key in keys:
-            self.slots.setdefault(key, len(self.slots))
-        if len(self.slots) > self.values.shape[0]:
-            grown = logps.new_empty(max(1024, 2 * len(self.slots)), 2)
+            if key not in self.slots:
+                new.setdefault(key, len(self.slots) + len(new))
+        rows = len(self.slots) + len(new)
+        if rows > self.values.shape[0]:
+            grown = logps.new_empty(max(1024, 2 * rows), 2)
             grown[: self.values.shape[0]] = self.values.to(grown)
             self.values = grown
-        self.values.index_copy_(0, self._slots(keys), logps)
+        self.values.index_copy_(0, self._indices([self.slots.get(key, new.get(key, 0)) for key in keys]), logps)
+        self.slots |= new  # last: out of memory on the way here, nothing is half known
 
-    def _slots(self, keys: Sequence[bytes]) -> Tensor:
+    def _indices(self, slots: Sequence[int]) -> Tensor:
         on_gpu = self.values.is_cuda  # pinned, so that the copy waits for nothing
-        slots = torch.tensor([self.slots[key] for key in keys], dtype=torch.int64, pin_memory=on_gpu)
-        return slots.to(self.values.device, non_blocking=True)
+        indices = torch.tensor(slots, dtype=torch.int64, pin_memory=on_gpu)
+        return indices.to(self.values.device, non_blocking=True)
 
 
 def find_reference(

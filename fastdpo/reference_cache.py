@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastdpo.batch import microbatches
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, row_key
 from fastdpo.identity import WRITTEN, identity_key, model_identity
@@ -41,6 +40,7 @@ from fastdpo.reference import Reference
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 4  # of what was read from disk
+AHEAD_TOKENS = 16384  # of a batch on a GPU: products of more rows are no faster (unmeasured)
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,8 @@ def _fill(
     started = time.time()
     done: list[Row] = []
     try:
-        for group in batches_of(missing, layout, config):
-            compute(reference, group, layout, config)
+        for group in computed(reference, missing, layout, config):
             done += group
-    except torch.OutOfMemoryError as error:
-        error.add_note("fastdpo: the reference runs ahead: set a smaller precompute_ref_batch_size, or max_length")
-        raise
     finally:  # an interrupted run goes on where it was
         if done:
             save(path, identity, reference.memory.recall([row.key for row in done]).cpu(), [row.key for row in done])
@@ -159,23 +155,34 @@ def _pairs(table: Dataset) -> Iterator[TokenPair]:
             yield TokenPair(*(flat[bounds[row] : bounds[row + 1]] for flat, bounds in values))
 
 
-def batches_of(rows: Sequence[Row], layout: Layout, config: DPOConfig) -> Iterator[list[Row]]:
-    """Neighbours by length, with a progress bar: `precompute_ref_batch_size` of them, else what the token budget
-    takes. Several processes would each take a share of `rows` and gather what was stored.
+def computed(reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig) -> Iterator[Sequence[Row]]:
+    """Runs the reference over rows that come longest first, into its memory, with a progress bar; -> each batch after
+    its pass. Batches are neighbours by length: `precompute_ref_batch_size` of them, else what the token budget takes,
+    which is halved where the GPU's memory runs out. Several processes would each take a share of `rows` and gather.
     """
-    size, budget = config.precompute_ref_batch_size, token_budget(config)
-    pairs = size or config.per_device_train_batch_size
-    groups = microbatches([row.tokens for row in rows], pairs, None if size else budget, padded=True)
+    size, budget, start = config.precompute_ref_batch_size, ahead_budget(config), 0
     hidden = config.disable_tqdm or not rows
     with tqdm(total=len(rows), desc="Reference", unit="pair", disable=hidden, dynamic_ncols=True) as bar:
-        for group in groups:
-            yield [rows[index] for index in group]
+        while start < len(rows):
+            group = rows[start : start + (size or max(1, budget // rows[start].tokens))]
+            try:
+                reference.memory.store([row.key for row in group], _run(reference, group, layout, config))
+            except torch.OutOfMemoryError as error:
+                if size or len(group) == 1:
+                    error.add_note("fastdpo: the reference runs ahead: lower precompute_ref_batch_size or max_length")
+                    raise
+                budget = sum(row.tokens for row in group) // 2
+                logger.warning("reference: out of GPU memory, from here on at most %d tokens a batch", budget)
+                continue
+            start += len(group)
             bar.update(len(group))
+            yield group
 
 
-def compute(reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig) -> None:
-    """One pass of the reference over `rows`, into its memory."""
-    reference.memory.store([row.key for row in rows], _run(reference, rows, layout, config))
+def ahead_budget(config: DPOConfig) -> int:
+    """Tokens of a batch of the reference: without a gradient next to nothing is kept, so more than training takes."""
+    budget = token_budget(config)
+    return max(AHEAD_TOKENS, budget or 0) if config.device.type == "cuda" or budget is None else budget
 
 
 def _run(reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig) -> Tensor:

@@ -206,11 +206,12 @@ class DPOTrainer:
         batches = self._within_budget(batches)
         while not self._backward_fits(batches):
             batches = self._within_budget(batches)
-        self.scaler.unscale_(self.optimizer)
-        if args.max_grad_norm:
-            running.grad_norm = self.accelerator.clip_grad_norm_(running.trained, args.max_grad_norm)
         self.control = handler.on_pre_optimizer_step(args, self.state, self.control)
-        self.scaler.step(self.optimizer)
+        try:
+            self.scaler.step(self.optimizer)
+        except torch.OutOfMemoryError as error:  # some weights may have moved: this cannot be done again
+            error.add_note("fastdpo: the optimizer's update does not fit: take optim='adamw_8bit', or a paged one")
+            raise
         self.scaler.update()
         self.control = handler.on_optimizer_step(args, self.state, self.control)
         running.learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -221,7 +222,7 @@ class DPOTrainer:
             torch.cuda.empty_cache()
 
     def _backward(self, batches: list[PreferenceBatch]) -> None:
-        """The gradients of an optimizer batch; what is counted of it counts once all of it is through."""
+        """The gradients of an optimizer batch, clipped; what is counted of it counts once all of it is through."""
         args, running = self.args, self._running
         total = sum(batch.num_pairs for batch in batches)
         batches = [batch.to(args.device, non_blocking=True) for batch in batches]
@@ -234,6 +235,9 @@ class DPOTrainer:
             self.accelerator.backward(self.scaler.scale(result.losses.sum() / total))
             if index + 1 < len(batches):
                 self.control = self.callback_handler.on_substep_end(args, self.state, self.control)
+        self.scaler.unscale_(self.optimizer)
+        if args.max_grad_norm:
+            running.grad_norm = self.accelerator.clip_grad_norm_(running.trained, args.max_grad_norm)
         window = copy.copy(running.sums)
         for sums in vectors:
             window.add(sums, skip_non_finite=args.logging_nan_inf_filter)
@@ -244,17 +248,20 @@ class DPOTrainer:
     def _backward_fits(self, batches: list[PreferenceBatch]) -> bool:
         """`_backward`; where the GPU's memory runs out, False, with everything as before and half the token budget."""
         undo = self._undo_step()
-        largest = max(batch.input_ids.numel() for batch in batches)
         try:
             self._backward(batches)
             return True
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             if all(batch.num_pairs == 1 for batch in batches):
+                longest = max(batch.input_ids.numel() for batch in batches)
                 error.add_note(
-                    f"fastdpo: a pair of {largest} tokens alone does not fit: set gradient_checkpointing=True or lower "
+                    f"fastdpo: a pair of {longest} tokens alone does not fit: set gradient_checkpointing=True or lower "
                     "max_length; `fastdpo plan` says what takes the memory"
                 )
                 raise
+        largest = max(batch.input_ids.numel() for batch in batches if batch.num_pairs > 1)
         if self._budget is None:
             logger.warning(
                 "out of GPU memory at %d tokens a micro-batch: this step is done again, and the others are done, with "
@@ -277,6 +284,9 @@ class DPOTrainer:
             if random[1] is not None:
                 torch.cuda.set_rng_state(random[1], device)
             self.optimizer.zero_grad()
+            if self.scaler.is_enabled():  # it may have unscaled; told its scale anew, it forgets that
+                self.scaler.scale(torch.zeros((), device=device))
+                self.scaler.update(self.scaler.get_scale())
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -284,8 +294,12 @@ class DPOTrainer:
 
     def _within_budget(self, batches: list[PreferenceBatch]) -> list[PreferenceBatch]:
         """Smaller micro-batches, once memory ran out with those of the loader."""
-        fits = [batch.num_pairs == 1 or batch.input_ids.numel() <= (self._budget or math.inf) for batch in batches]
-        return batches if self._budget is None or all(fits) else self._collate.regroup(batches, self._budget)
+        budget = self._budget
+        if budget is None or all(batch.num_pairs == 1 or batch.input_ids.numel() <= budget for batch in batches):
+            return batches
+        smaller = self._collate.regroup(batches, budget)
+        pin = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
+        return [batch.pin_memory() for batch in smaller] if pin else smaller
 
     def _check_first_margins(self, result: PairLoss, batch: PreferenceBatch) -> None:
         """Policy and reference start equal, so every log-ratio of the first micro-batch must be 0: the one check that
@@ -481,6 +495,12 @@ class DPOTrainer:
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.accelerator.num_processes} processes were launched: this version trains in one")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Of the GPU: as torch's allocator says it, or cuBLAS and CUDA themselves."""
+    words = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def _best_key(args: DPOConfig) -> str:

@@ -122,6 +122,28 @@ def test_a_reference_of_its_own_is_counted_where_there_is_one(tmp_path) -> None:
     assert given.reference < 0.51 * given.weights  # in bf16, but for its rotary frequencies
 
 
+def test_a_reference_that_is_freed_before_training_still_has_to_fit_at_first(tmp_path) -> None:
+    model = LlamaConfig(**{**SIZES, "num_hidden_layers": 4})
+    given = {"gigabytes": 20, "model": model, "ref_config": LLAMA_8B}
+    plan = plan_of(options(tmp_path, precompute_ref_log_probs=True, bf16=True), **given)
+    assert plan.reference == 0 and plan.ahead > 14 * GiB
+    assert plan.total(100) >= plan.weights + plan.ahead and plan.fits
+    assert not plan_of(options(tmp_path, precompute_ref_log_probs=True, bf16=True), **given | {"gigabytes": 15}).fits
+
+
+def test_a_plan_is_of_the_micro_batches_that_the_run_will_see(tmp_path) -> None:
+    """380 tokens a pair: a whole optimizer batch of two, or what the budget leaves of it."""
+    both = {"use_peft": True, "bf16": True, "gradient_checkpointing": True}
+    one = plan_of(options(tmp_path, per_device_train_batch_size=2, **both), 24)
+    assert one.largest == 760 and one.fits and one.token_budget > 5000
+    many = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 100}
+    assert plan_of(options(tmp_path, **many, **both), 24).largest == one.token_budget
+    small = plan_of(options(tmp_path, max_tokens_per_microbatch=500, **many, **both), 24)
+    assert small.largest == 500 and small.fits and "it fits" in small.lines()
+    large = plan_of(options(tmp_path, max_tokens_per_microbatch=10**6, **many, **both), 24)
+    assert not large.fits and f"max_tokens_per_microbatch={one.token_budget}" in large.settings_to_change[0]
+
+
 # ---- activations
 
 
@@ -300,7 +322,13 @@ def test_lengths_come_from_the_longest_pair_of_all_tables_or_from_max_length(tmp
     rows = {"prompt_ids": [[1] * 5, [1] * 2], "chosen_ids": [[1] * 3, [1] * 9], "rejected_ids": [[1] * 2, [1] * 4]}
     tables = [Dataset.from_dict(rows), Dataset.from_dict({name: lists[:1] for name, lists in rows.items()})]
     lengths = PairLengths.of_tables(tables, options(tmp_path))
-    assert lengths == PairLengths(2, 9, 4) and (lengths.tokens(True), lengths.tokens(False)) == (15, 17)
+    assert lengths == PairLengths(2, 9, 4) and (lengths.tokens(True), lengths.tokens(False)) == (15, 22)
+    assert lengths.tokens(False) == Layout(False, "").tokens(lengths.pair)
+    uneven = Dataset.from_dict(
+        {"prompt_ids": [[], [1]], "chosen_ids": [[1] * 9, [1] * 6], "rejected_ids": [[1], [1] * 6]}
+    )
+    assert PairLengths.of_tables([uneven], options(tmp_path)).scored == 12
+    assert PairLengths.of_tables([uneven], options(tmp_path), packed=False).scored == 10
     assert PairLengths.of_tables([], options(tmp_path, max_length=100)) == PairLengths(1, 99, 99)
     assert PairLengths.of_tables([tables[0].to_iterable_dataset()], options(tmp_path)).tokens(True) == 2047
     assert not PairLengths.of_config(options(tmp_path, max_length=None)).known

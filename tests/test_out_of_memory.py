@@ -17,6 +17,7 @@ import fastdpo
 from fastdpo.batch import PreferenceBatch
 from fastdpo.loader import train_loader
 from fastdpo.optimizer import allocate_states
+from fastdpo.reference import ReferenceMemory
 
 ROOM = 100_000  # more than a batch has tokens: everything is one micro-batch until memory runs out
 
@@ -104,6 +105,71 @@ def test_memory_that_runs_out_in_the_first_step_and_again_is_halved_again(
     assert all(batch.num_pairs == 1 or batch.input_ids.numel() <= second / 2 for batch in later)
     assert sum("out of GPU memory" in record.message for record in caplog.records) == 1
     assert_same_run(halved, usual)
+
+
+@pytest.mark.parametrize("where", ["clip_grad_norm_", "regrouped"])
+def test_memory_that_runs_out_while_clipping_or_in_words_of_cublas_is_treated_alike(
+    where: str, rows: list, tokenizer: Any, quick: dict
+) -> None:
+    usual, halved = trainer_of(rows, tokenizer, quick), trainer_of(rows, tokenizer, quick)
+    usual.train()
+    name = "clip_grad_norm_" if where == "clip_grad_norm_" else "backward"
+    real, calls = getattr(halved.accelerator, name), []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return real(*args, **kwargs)
+
+    start = halved._start_engine
+    halved._start_engine = lambda: (start(), setattr(halved.accelerator, name, failing))  # type: ignore[method-assign]
+    halved.train()
+    assert len(calls) > 3
+    assert_same_run(halved, usual)
+
+
+def test_another_error_is_not_taken_for_a_full_gpu(rows: list, tokenizer: Any, quick: dict) -> None:
+    trainer = trainer_of(rows, tokenizer, quick)
+
+    def failing(batches: list[PreferenceBatch]) -> None:
+        raise RuntimeError("the size of tensor a must match")
+
+    trainer._backward = failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="must match"):
+        trainer.train()
+
+
+def test_a_long_pair_that_never_fits_beside_short_ones_ends_the_run(rows: list, tokenizer: Any, quick: dict) -> None:
+    long = [{"prompt": "tell me more " * 100, "chosen": " you are welcome" * 9, "rejected": " lazy" * 9}]
+    trainer = trainer_of(long + rows[:5], tokenizer, quick | {"train_sampling_strategy": "sequential"})
+    sizes, backward = [], trainer._backward
+
+    def failing(batches: list[PreferenceBatch]) -> None:
+        sizes.append(max(batch.input_ids.numel() for batch in batches))
+        if sizes[-1] > 200:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        backward(batches)
+
+    trainer._backward = failing  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        trainer.train()
+    assert len(sizes) < 8 and any("a pair of" in note for note in raised.value.__notes__)
+
+
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_reference_memory_knows_no_row_whose_values_it_failed_to_store(failing: int) -> None:
+    memory, keys = ReferenceMemory(), [bytes([n]) * 16 for n in range(3)]
+    memory.store(keys[:1], torch.tensor([[1.0, 2.0]]))
+    memory.values = memory.values[:1].clone()  # so that the next rows make it grow
+    values = torch.tensor([[3.0, 4.0], [5.0, 6.0]])
+    try:
+        with Operations(failing):
+            memory.store(keys[1:], values)
+    except torch.OutOfMemoryError:
+        assert list(memory.slots) == keys[:1]
+        memory.store(keys[1:], values)
+    assert memory.recall(keys).tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
 def test_one_pair_that_does_not_fit_ends_the_run_with_what_to_change(rows: list, tokenizer: Any, quick: dict) -> None:
