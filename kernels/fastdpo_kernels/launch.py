@@ -284,8 +284,10 @@ _ON_SM100 = FusedConfig(
     gradient=MatmulConfig(128, 256, 64, num_warps=8, num_stages=4, epilogue=64, descriptors=True),
     few_gradients=MatmulConfig(128, 128, 64, num_warps=8, num_stages=3, epilogue=64, descriptors=True, resident=2),
 )
-_ON_SM120 = FusedConfig(
-    *(replace(getattr(_ON_SM86, product.name), descriptors=True) for product in fields(FusedConfig)),
+# For few rows 64 x 128 spills on sm_120 with a softcap and log_sum_sq_probs; 64 x 64 leaves room for another stage.
+_ON_SM120 = replace(
+    FusedConfig(*(replace(getattr(_ON_SM86, product.name), descriptors=True) for product in fields(FusedConfig))),
+    few_logits=MatmulConfig(64, 64, 64, num_warps=4, num_stages=4, epilogue=64, descriptors=True, resident=2),
 )
 _ON_GFX942 = FusedConfig(
     logits=MatmulConfig(128, 128, 64, num_warps=8, num_stages=2, epilogue=128),
@@ -297,12 +299,12 @@ _ON_GFX942 = FusedConfig(
 # registers.
 _UNALIGNED = FusedConfig(*[MatmulConfig(64, 64, 32, num_warps=8, num_stages=2, epilogue=64, resident=2)] * 4)
 # No matrix units for fp32 with all its digits on NVIDIA: 64 x 64 is 16 FLOP of each byte from the L2 cache, where 67
-# TFLOP/s (H200) need 4 TB/s; 64 x 128 spills on sm_90 and sm_100. For few rows 16, as 64 would make a product bound by
-# arithmetic, not by reading W.
+# TFLOP/s (H200) need 4 TB/s; 64 x 128 spills on sm_90 and sm_100, and of 64 x 64 all columns at a time on sm_80, 32 on
+# sm_100. For few rows 16, as 64 would make a product bound by arithmetic, not by reading W.
 _IN_FP32 = FusedConfig(
-    logits=MatmulConfig(64, 64, 16, num_warps=8, num_stages=2, epilogue=64, resident=2),
+    logits=MatmulConfig(64, 64, 16, num_warps=8, num_stages=2, epilogue=16, resident=2),
     few_logits=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
-    gradient=MatmulConfig(64, 64, 16, num_warps=8, num_stages=2, epilogue=64, resident=2),
+    gradient=MatmulConfig(64, 64, 16, num_warps=8, num_stages=2, epilogue=32, resident=2),
     few_gradients=MatmulConfig(16, 64, 32, num_warps=4, num_stages=2, epilogue=64, resident=4),
 )
 _INTERPRETED = FusedConfig(*[MatmulConfig(16, 64, 32, num_warps=1, num_stages=1, epilogue=32)] * 4)
