@@ -101,10 +101,12 @@ def test_what_the_user_asked_for_is_refused_by_name_where_it_cannot_be(facts: Fa
 
 
 def test_asking_for_the_package_on_a_cpu_is_refused_before_a_model_loads() -> None:
-    for asked in (None, "sdpa", "eager", "flex_attention"):
+    for asked in (None, "sdpa", "eager", "flash_attention_3"):
         check_asked(asked, torch.device("cpu"), torch.bfloat16)
     with pytest.raises(ValueError, match="'flash_attention_2' was asked for, but .*: leave attn_implementation out"):
         check_asked("flash_attention_2", torch.device("cpu"), torch.bfloat16)
+    with pytest.raises(ValueError, match="flex_attention' has no gradient on a CPU"):
+        check_asked("flex_attention", torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_report_has_a_row_for_each_kind_of_layer() -> None:
