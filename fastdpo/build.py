@@ -208,7 +208,8 @@ def plan_batches(
     try:
         plan = plan_run(policy, reference.policy, config, lengths, layout.packed)
     except (ValueError, CannotPack) as reason:
-        logger.warning("memory: %s; until then micro-batches go by pairs", reason)
+        without = "" if config.max_tokens_per_microbatch else "; until then micro-batches go by pairs"
+        logger.warning("memory: %s%s", reason, without)
         return
     for line in plan.lines():
         logger.log(logging.INFO if plan.fits else logging.WARNING, "memory: %s", line)

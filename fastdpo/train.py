@@ -15,7 +15,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from fastdpo.metrics import MetricSums, Running
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, allocate_states, build_optimizer
 from fastdpo.reference import NoReference
+from fastdpo.retry import Retry
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
 from fastdpo_kernels.pair_loss import PairLoss
 
@@ -156,8 +157,7 @@ class DPOTrainer:
         self.control = TrainerControl()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.mean_reward = build.build_mean_reward(self.loss, args)
-        self._budget: int | None = None  # of a micro-batch, once memory ran out
-        self._collate: Any = loader.collate_fn
+        self._retry = Retry(loader.collate_fn, pinned=loader.pin_memory)  # type: ignore[arg-type]
         self._running = Running(self._preference_step(training=True), trained)
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
@@ -203,9 +203,7 @@ class DPOTrainer:
     def _optimizer_step(self, batches: list[PreferenceBatch]) -> None:
         """All micro-batches of one step, their gradients those of the mean over its pairs; then one update."""
         args, running, handler = self.args, self._running, self.callback_handler
-        batches = self._within_budget(batches)
-        while not self._backward_fits(batches):
-            batches = self._within_budget(batches)
+        self._retry(self._backward, batches, self._undo_step())
         self.control = handler.on_pre_optimizer_step(args, self.state, self.control)
         try:
             self.scaler.step(self.optimizer)
@@ -221,7 +219,7 @@ class DPOTrainer:
         if args.torch_empty_cache_steps and (self.state.global_step + 1) % args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
 
-    def _backward(self, batches: list[PreferenceBatch]) -> None:
+    def _backward(self, batches: Sequence[PreferenceBatch]) -> None:
         """The gradients of an optimizer batch, clipped; what is counted of it counts once all of it is through."""
         args, running = self.args, self._running
         total = sum(batch.num_pairs for batch in batches)
@@ -245,33 +243,6 @@ class DPOTrainer:
         running.tokens += sum(batch.num_tokens for batch in batches)
         running.pairs += total
 
-    def _backward_fits(self, batches: list[PreferenceBatch]) -> bool:
-        """`_backward`; where the GPU's memory runs out, False, with everything as before and half the token budget."""
-        undo = self._undo_step()
-        try:
-            self._backward(batches)
-            return True
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            if all(batch.num_pairs == 1 for batch in batches):
-                longest = max(batch.input_ids.numel() for batch in batches)
-                error.add_note(
-                    f"fastdpo: a pair of {longest} tokens alone does not fit: set gradient_checkpointing=True or lower "
-                    "max_length; `fastdpo plan` says what takes the memory"
-                )
-                raise
-        largest = max(batch.input_ids.numel() for batch in batches if batch.num_pairs > 1)
-        if self._budget is None:
-            logger.warning(
-                "out of GPU memory at %d tokens a micro-batch: this step is done again, and the others are done, with "
-                "at most %d; max_tokens_per_microbatch=%d starts so",
-                *(largest, largest // 2, largest // 2),
-            )
-        self._budget = largest // 2
-        undo()  # out here, as the error held on to what the step had computed
-        return False
-
     def _undo_step(self) -> Callable[[], None]:
         """-> what puts back all that `_backward` changes."""
         mean_reward, device = copy.copy(self.mean_reward), self.args.device
@@ -287,19 +258,8 @@ class DPOTrainer:
             if self.scaler.is_enabled():  # it may have unscaled; told its scale anew, it forgets that
                 self.scaler.scale(torch.zeros((), device=device))
                 self.scaler.update(self.scaler.get_scale())
-            gc.collect()
-            torch.cuda.empty_cache()
 
         return undo
-
-    def _within_budget(self, batches: list[PreferenceBatch]) -> list[PreferenceBatch]:
-        """Smaller micro-batches, once memory ran out with those of the loader."""
-        budget = self._budget
-        if budget is None or all(batch.num_pairs == 1 or batch.input_ids.numel() <= budget for batch in batches):
-            return batches
-        smaller = self._collate.regroup(batches, budget)
-        pin = self.args.device.type == "cuda" and self.args.dataloader_pin_memory
-        return [batch.pin_memory() for batch in smaller] if pin else smaller
 
     def _check_first_margins(self, result: PairLoss, batch: PreferenceBatch) -> None:
         """Policy and reference start equal, so every log-ratio of the first micro-batch must be 0: the one check that
@@ -495,12 +455,6 @@ class DPOTrainer:
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.accelerator.num_processes} processes were launched: this version trains in one")
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Of the GPU: as torch's allocator says it, or cuBLAS and CUDA themselves."""
-    words = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def _best_key(args: DPOConfig) -> str:

@@ -95,8 +95,8 @@ def test_memory_that_runs_out_in_the_first_step_and_again_is_halved_again(
     usual = trainer_of(rows, tokenizer, quick)
     train(usual, lambda step: Operations())
     halved, sizes = trainer_of(rows, tokenizer, quick), []
-    step = halved._within_budget
-    halved._within_budget = lambda batches: sizes.append(grouped := step(batches)) or grouped  # type: ignore[method-assign]
+    step = halved._backward
+    halved._backward = lambda batches: sizes.append(batches) or step(batches)  # type: ignore[method-assign]
     with caplog.at_level(logging.WARNING, "fastdpo"):
         train(halved, lambda attempt: Operations(failing=50 if attempt < 2 else None))
     first, second, third = (max(batch.input_ids.numel() for batch in batches) for batches in sizes[:3])
@@ -126,6 +126,34 @@ def test_memory_that_runs_out_while_clipping_or_in_words_of_cublas_is_treated_al
     halved._start_engine = lambda: (start(), setattr(halved.accelerator, name, failing))  # type: ignore[method-assign]
     halved.train()
     assert len(calls) > 3
+    assert_same_run(halved, usual)
+
+
+def test_gradients_that_were_unscaled_already_are_scaled_and_unscaled_anew(
+    rows: list, tokenizer: Any, quick: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16's loss scaling, which a CPU can do as well: it refuses to unscale one step twice."""
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: real("cpu", init_scale=2.0**10))
+    usual, halved = trainer_of(rows, tokenizer, quick), trainer_of(rows, tokenizer, quick)
+    usual.train()
+    start, calls = halved._start_engine, []
+
+    def clipped_at_the_second_try() -> None:
+        start()
+        clip = halved.accelerator.clip_grad_norm_
+
+        def failing(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return clip(*args)
+
+        halved.accelerator.clip_grad_norm_ = failing
+
+    halved._start_engine = clipped_at_the_second_try  # type: ignore[method-assign]
+    halved.train()
+    assert len(calls) == 4 and halved.scaler.get_scale() == usual.scaler.get_scale() == 2.0**10
     assert_same_run(halved, usual)
 
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "model": {"attention", "batch", "config"},
     "layout": {"attention", "attention_backends", "batch", "data", "model"},
     "compiled": {"attention", "model"},
+    "retry": {"batch", "loader"},
     "loader": {"batch", "config", "data", "layout"},
     "reference": {"batch", "model"},
     "identity": {"model"},
