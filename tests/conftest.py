@@ -19,6 +19,7 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where tests ma
 KERNEL_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
 # ruff: noqa: E402 (imports that may bring triton come after the choice)
+import gc
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +28,13 @@ import pytest
 import tokenizers_for_tests
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+# `make test` hands whole files to several processes: those that take longest first, or one would end the run alone.
+LONGEST_FIRST = ("compile", "memory", "demo", "benchmarks", "compiled", "train", "linear_logps", "head_fused")
+PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: PLACES.get(item.path.name, len(PLACES)))
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
         for item in items:
@@ -37,6 +43,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 torch.set_num_threads(1)  # threads cost more than they bring at these sizes
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # processes that a test starts share the cores with the other workers'
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_of_a_file_is_collected() -> Iterator[None]:
+    gc.collect()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def old_objects_are_not_looked_through(garbage_of_a_file_is_collected: None) -> None:
+    """A training run collects garbage, and took 0.3 s to find that transformers, torch and 3000 tests are none.
+
+    What a test leaves in cycles then stays until the end of its file, so not where it may be gigabytes of a GPU's.
+    """
+    if KERNEL_DEVICE == "cpu":
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +108,15 @@ def rows() -> list[dict[str, str]]:
     ]
 
 
+def draw_no_picture(patch: pytest.MonkeyPatch) -> None:
+    """Curves are plotted at the end of each run, and nothing of them is rendered, which takes longer than the run."""
+    patch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
+
+
 @pytest.fixture
-def quick(tmp_path: Any) -> dict[str, Any]:
+def quick(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Options of a short run."""
+    draw_no_picture(monkeypatch)
     return {
         "output_dir": str(tmp_path / "out"),
         "max_steps": 4,

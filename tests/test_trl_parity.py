@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import draw_no_picture
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers_for_tests import TEXT, byte_level
@@ -204,7 +205,8 @@ def train_both(case: Case, folder: Path) -> tuple[Run, Run]:
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Run, Run]:
-    with one_thread():
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
+        draw_no_picture(patch)
         return request.param, *train_both(request.param, tmp_path_factory.mktemp("parity"))
 
 
