@@ -60,7 +60,8 @@ def test_every_kernel_that_is_launched_is_compiled_for_every_device(compiled: di
 
 
 def test_the_scan_finds_kernels_of_each_module() -> None:
-    assert set(launched().values()) == {"head_streamed", "head_fused", "pair_loss_triton"}
+    of_block = {"glu_triton", "nf4_triton", "rms_norm_triton", "rope_triton"}
+    assert set(launched().values()) == {"head_streamed", "head_fused", "pair_loss_triton", *of_block}
     assert {"_softmax_rows_kernel", "_pair_loss_kernel", "_sequence_sums_kernel"} <= set(launched())
 
 
@@ -78,6 +79,21 @@ def test_the_row_kernels_load_sixteen_bytes_a_thread(compiled: dict[str, Any]) -
     """The workspace's rows start aligned whatever V is, so this holds for odd vocabularies too."""
     for kernel in compiled["kernels"]:
         if kernel["name"] in ("_softmax_rows_kernel", "_gradient_rows_kernel"):
+            assert kernel["wide_loads"], (kernel["device"], kernel["options"])
+
+
+def test_what_moves_bytes_loads_sixteen_a_thread(compiled: dict[str, Any]) -> None:
+    """But for rows that start anywhere."""
+    found = [k for k in compiled["kernels"] if k["name"].startswith(("_glu", "_rms_norm", "_rope"))]
+    assert len(found) > 100
+    for kernel in found:
+        assert kernel["wide_loads"] or "shape=odd" in kernel["options"], (kernel["device"], kernel["options"])
+
+
+def test_dequantised_weights_are_loaded_by_sixteen_bytes_a_thread(compiled: dict[str, Any]) -> None:
+    """But for those that end amid a word, which come byte by byte."""
+    for kernel in compiled["kernels"]:
+        if kernel["name"] == "_dequantize_kernel" and "shape=odd" not in kernel["options"]:
             assert kernel["wide_loads"], (kernel["device"], kernel["options"])
 
 
@@ -142,15 +158,25 @@ def test_what_no_device_can_run_is_in_no_combination() -> None:
 # The report itself
 
 
-def test_the_report_refuses_to_compile_interpreted_kernels() -> None:
-    done = run("-m", "fastdpo_kernels.compile_report", TRITON_INTERPRET="1")
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET is set" in done.stderr
+def test_the_report_refuses_to_compile_interpreted_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert report.main([]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
 
 
-def test_a_case_that_kills_the_compiler_is_named_and_the_next_is_compiled() -> None:
-    done = run("-c", "import test_compile; test_compile.print_death()")
-    died, survived = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def tried() -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """What print_death and print_faults print, from one process."""
+    done = run("-c", "import test_compile as test; test.print_death(); test.print_faults()")
+    assert done.returncode == 0, done.stderr
+    death, faults = map(json.loads, done.stdout.splitlines())
+    return death, faults
+
+
+def test_a_case_that_kills_the_compiler_is_named_and_the_next_is_compiled(tried: tuple) -> None:
+    died, survived = tried[0]
     assert died["error"] == "the compiler died with exit code 1"
     assert (survived["name"], survived["error"]) == ("_sequence_sums_kernel", "")
 
@@ -161,10 +187,8 @@ def print_death() -> None:
     print(json.dumps([vars(kernel) for kernel in kernels]))
 
 
-def test_each_planted_fault_is_found_and_a_sound_kernel_has_none() -> None:
-    done = run("-c", "import test_compile; test_compile.print_faults()")
-    assert done.returncode == 0, done.stderr
-    faults = json.loads(done.stdout)
+def test_each_planted_fault_is_found_and_a_sound_kernel_has_none(tried: tuple) -> None:
+    faults = dict(tried[1])
     assert faults.pop("sound") == []
     for name, (device, said) in EXPECTED.items():
         (fault,) = faults.pop(name)

@@ -240,13 +240,39 @@ def test_the_examples_have_the_shared_memory_of_their_architecture_and_are_all_d
         assert device.has_matrix_products == (device.arch != 75)
 
 
+# The parts of a block
+
+
+@pytest.mark.parametrize("width", [1, 2, 17, 64, 128, 1000, 1024, 4096, 8192, 8193, 14336, 16384])
+def test_a_norms_rows_fit_their_block_and_its_threads_have_32_elements_at_most(width: int) -> None:
+    for with_weight in (False, True):
+        config = launch.norm_config(width, with_weight)
+        assert config.block >= width and config.block & (config.block - 1) == 0 and config.rows >= 1
+        assert config.rows * config.block <= 32 * 32 * config.num_warps
+
+
+def test_programs_that_sum_a_norms_weight_gradient_are_no_more_than_rows_and_fill_a_device() -> None:
+    for device, width, rows in itertools.product(DEVICES.values(), (64, 128, 4096, 16384), (0, 1, 100, 10**6)):
+        programs = launch.norm_programs(rows, width, device)
+        assert min(1, rows) <= programs <= rows
+    assert launch.norm_programs(10**6, 4096, EXAMPLES["H200"]) == 264
+
+
+@pytest.mark.parametrize("heads", [1, 2, 7, 32, 71, 128])
+@pytest.mark.parametrize("pairs", [1, 5, 12, 32, 48, 64, 128, 2048])
+def test_a_ropes_heads_fit_their_program(heads: int, pairs: int) -> None:
+    config = launch.rope_config(pairs, heads)
+    assert config.block >= pairs and config.rows >= 1 and config.rows < 2 * heads
+    assert 1 <= config.num_warps <= 4
+
+
 # Where the numbers come from
 
 SOURCE = Path(inspect.getfile(launch)).read_text()
 PROVENANCE = re.compile(rf"unmeasured|({'|'.join(EXAMPLES)})[^.]*\b20\d\d-\d\d(-\d\d)?")
 
 # Facts of a device or of arithmetic, not choices that a measurement could change.
-GIVEN = {"MiB", "SHARED_BYTES", "EXAMPLES", "INTERPRETER", "row_stride"}
+GIVEN = {"MiB", "SHARED_BYTES", "EXAMPLES", "INTERPRETER", "BLOCK_METHODS", "row_stride"}
 
 
 def definitions() -> dict[str, tuple[ast.stmt, str]]:

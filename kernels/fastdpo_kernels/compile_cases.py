@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from fastdpo_kernels import launch
+from fastdpo_kernels.glu import ACTIVATIONS, glu_backward, glu_forward
 from fastdpo_kernels.head import STATS, HeadOptions, Wants
+from fastdpo_kernels.nf4 import Packed, dequantize
 from fastdpo_kernels.pair_loss import LossTerm, PairwiseLoss, pair_loss, sequence_sums
+from fastdpo_kernels.rms_norm import rms_norm
+from fastdpo_kernels.rope import rope
 
 Values = Mapping[str, str]  # factor -> its value, of one combination
 
@@ -171,6 +175,107 @@ def launch_sequence_sums(values: Values) -> None:
     sequence_sums(_meta(4096, dtype=DTYPES[values["dtype"]]), _meta(65, dtype=torch.int32), ld_alpha)
 
 
+GLU_FACTORS = {
+    "dtypes": ("bf16", "fp16", "fp32", "bf16, up fp32"),
+    "activation": ACTIVATIONS,
+    "h": ("no", "yes"),
+    "shape": ("8192x14336", "halves", "odd"),
+}
+
+
+def launch_glu(values: Values) -> None:
+    rows, width = {"8192x14336": (8192, 14336), "halves": (8192, 8192), "odd": (13, 1001)}[values["shape"]]
+    dtype, up_dtype = _two_dtypes(values["dtypes"])
+    gate, up = _meta(rows, width, dtype=dtype), _meta(rows, width, dtype=up_dtype)
+    if values["shape"] == "halves":
+        gate, up = _meta(rows, 2 * width, dtype=dtype)[:, :width], _meta(rows, 2 * width, dtype=up_dtype)[:, width:]
+    h = glu_forward(gate, up, values["activation"], "triton")
+    glu_backward(torch.empty_like(h), gate, up, values["activation"], "triton", with_h=values["h"] == "yes")
+
+
+NORM_VARIANTS = {  # dtypes of x and weight, offset, round_first
+    "Llama bf16": ("bf16", 0.0, True),
+    "Llama fp16": ("fp16", 0.0, True),
+    "Llama fp32": ("fp32", 0.0, True),
+    "Llama bf16, fp32": ("bf16, fp32", 0.0, True),
+    "Gemma bf16": ("bf16", 1.0, False),
+    "Gemma fp32": ("fp32", 1.0, False),
+    "OLMo-2 bf16": ("bf16", 0.0, False),
+    "no weight bf16": ("bf16", 0.0, True),
+}
+NORM_SHAPES = {"8192x4096": (8192, 4096), "262144x128": (2**18, 128), "2048x16384": (2048, 16384), "odd": (13, 1001)}
+NORM_FACTORS = {"variant": tuple(NORM_VARIANTS), "weight": ("frozen", "trained"), "shape": tuple(NORM_SHAPES)}
+
+
+def norm_allowed(device: launch.Device, values: Values) -> bool:
+    return not (values["variant"].startswith("no weight") and values["weight"] == "trained")
+
+
+def launch_norm(values: Values) -> None:
+    dtypes, offset, round_first = NORM_VARIANTS[values["variant"]]
+    dtype, weight_dtype = _two_dtypes(dtypes)
+    x = _meta(*NORM_SHAPES[values["shape"]], dtype=dtype).requires_grad_()
+    weight = None
+    if not values["variant"].startswith("no weight"):
+        weight = _meta(x.shape[1], dtype=weight_dtype).requires_grad_(values["weight"] == "trained")
+    y = rms_norm(x, weight, 1e-6, offset=offset, round_first=round_first, method="triton")
+    y.backward(torch.empty_like(y))
+
+
+ROPE_SHAPES = {  # B, T, heads of q and of k, E, R
+    "Llama-3 8B": (2, 4096, 32, 8, 128, 128),
+    "half of 128": (2, 4096, 32, 2, 128, 64),
+    "Phi-3": (2, 4096, 32, 32, 96, 96),
+    "odd": (3, 13, 7, 1, 20, 10),
+}
+ROPE_FACTORS = {
+    "dtypes": ("bf16", "fp16", "fp32", "bf16, fp32"),  # of q and k, and of cos and sin
+    "pairs": ("half", "interleaved", "half by_pair", "interleaved by_pair"),
+    "upcast": ("no", "yes"),
+    "gradient": ("both", "of q"),
+    "shape": tuple(ROPE_SHAPES),
+}
+
+
+def launch_rope(values: Values) -> None:
+    batch, tokens, heads, kv_heads, size, rotated = ROPE_SHAPES[values["shape"]]
+    dtype, factor_dtype = _two_dtypes(values["dtypes"])
+    layout, *by_pair = values["pairs"].split()
+    q, k = (_meta(batch, tokens, n, size, dtype=dtype).transpose(1, 2).requires_grad_() for n in (heads, kv_heads))
+    cos, sin = (_meta(1, tokens, rotated // 2 if by_pair else rotated, dtype=factor_dtype) for _ in range(2))
+    flags = {"interleaved": layout == "interleaved", "by_pair": bool(by_pair), "upcast": values["upcast"] == "yes"}
+    results = rope(q, k, cos, sin, **flags, method="triton")
+    wanted = results if values["gradient"] == "both" else results[:1]
+    torch.autograd.backward(wanted, [torch.empty_like(result) for result in wanted])
+
+
+def _two_dtypes(words: str) -> tuple[torch.dtype, torch.dtype]:
+    """`bf16` is that twice, `bf16, up fp32` first the one, then the other."""
+    names = words.split()
+    return DTYPES[names[0].strip(",")], DTYPES[names[-1]]
+
+
+NF4_FACTORS = {
+    "dtype": ("bf16", "fp16", "fp32"),
+    "scales": ("fp32", "nested"),
+    "blocksize": ("64", "4096"),
+    "shape": ("4096x14336", "odd", "beyond int32"),
+}
+
+
+def launch_nf4(values: Values) -> None:
+    shape = {"4096x14336": (4096, 14336), "odd": (67, 1003), "beyond int32": (2**16, 2**16)}[values["shape"]]
+    blocksize, numel, nested = int(values["blocksize"]), shape[0] * shape[1], values["scales"] == "nested"
+    blocks = -(-numel // blocksize)
+    absmax = _meta(blocks, dtype=torch.uint8 if nested else torch.float32)
+    plain = _meta(-(-numel // 2), dtype=torch.uint8), shape, absmax, blocksize, _meta(16, dtype=torch.float32)
+    packed = Packed(*plain)
+    if nested:
+        groups, code = _meta(-(-blocks // 256), dtype=torch.float32), _meta(256, dtype=torch.float32)
+        packed = Packed(*plain, groups, code, 256, _meta(dtype=torch.float32))
+    dequantize(packed, DTYPES[values["dtype"]], method="triton")
+
+
 def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -179,6 +284,10 @@ OPS = {
     "linear_logps": Op(HEAD_FACTORS, launch_head, head_allowed, head_beyond_pairs),
     "pair_loss": Op(PAIR_FACTORS, launch_pair_loss, pair_loss_allowed),
     "sequence_sums": Op({"dtype": ("fp32", "fp64"), "ld_alpha": ("no", "yes")}, launch_sequence_sums),
+    "glu": Op(GLU_FACTORS, launch_glu),
+    "nf4": Op(NF4_FACTORS, launch_nf4),
+    "rms_norm": Op(NORM_FACTORS, launch_norm, norm_allowed),
+    "rope": Op(ROPE_FACTORS, launch_rope),
 }
 
 

@@ -103,6 +103,43 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes") and triton_installed()
 
 
+# ---- which method the parts of a block take
+
+BLOCK_METHODS = ("auto", "triton", "torch")
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def block_method(name: str, method: str, *tensors: torch.Tensor) -> str:
+    """-> "triton" or "torch" for the function `name`; "auto" takes triton where it compiles and knows the dtypes.
+
+    Raises ValueError for an unknown method, and where triton was asked for and cannot run.
+    """
+    if method not in BLOCK_METHODS:
+        raise ValueError(f"method={method!r} of {name}, expected one of {BLOCK_METHODS}")
+    if method == "torch":
+        return method
+    facts = device_of(tensors[0].device)
+    wrong = [str(tensor.dtype) for tensor in tensors if tensor.dtype not in _KERNEL_DTYPES]
+    if method == "auto":
+        return "triton" if facts.compiles and triton_installed() and not wrong else "torch"
+    if not (facts.compiles or facts.kind == "interpreter") or not triton_installed():
+        raise ValueError(
+            f"method='triton' of {name} needs triton and a CUDA or ROCm device, not {tensors[0].device}: use "
+            "method='torch'"
+        )
+    if wrong:
+        raise ValueError(f"method='triton' of {name} takes bf16, fp16 and fp32, not {wrong[0]}: use method='torch'")
+    return method
+
+
+def block_method_in_words(device: torch.device | None = None) -> str:
+    """What "auto" is on a device (the GPU where there is one)."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device_of(device).compiles and triton_installed():
+        return "triton: one launch each way"
+    return "torch: Triton compiles for CUDA and ROCm devices only"
+
+
 # ---- the LM head
 
 
@@ -400,3 +437,88 @@ def fused_slab(
     chunks = math.ceil(rows / most)
     chunk = math.ceil(rows / chunks / config.block_m) * config.block_m
     return min(rows, chunk if chunk <= most else max(least, chunk - config.block_m)), columns
+
+
+# ---- the parts of a block between its products
+
+
+def glu_config(width: int) -> RowConfig:
+    """act(gate) * up and its gradients: 16 elements a thread, two loads of 16 bytes of each tensor in bf16.
+
+    Bytes count, nothing else: 6 an element of bf16 forward, 10 backward (12 with h), 18 in fp32 at most. An H200 needs
+    about 26 KB on the way a multiprocessor (see row_config); 128 threads have 8 KB of gate and up, so four programs do,
+    and the registers leave room for eight. Half the block would be twice the programs, 115 thousand of N=8192 and
+    I=14336, for the same bytes (unmeasured).
+    """
+    block = min(2048, max(128, 1 << (width - 1).bit_length()))
+    return RowConfig(block, num_warps=max(1, block // 512))
+
+
+def nf4_config() -> RowConfig:
+    """Words of eight 4-bit values: 1024 by 8 warps, one load of 16 bytes and four stores of 16 bytes of bf16 a thread.
+
+    A program waits for its words and scales, then for the scales' code, and stores: some 2 us, in which an H200's
+    multiprocessor at 85% of 4.3 TB/s moves 22 thousand bf16 elements of 2.52 bytes each. At 48 registers five programs
+    fit one, 41 thousand elements. Half the words a thread take 11 instructions an element in place of 8, half of what
+    can be issued at that rate; twice as many take 94 registers for 7, and hold no more (unmeasured; counted on sm_90).
+    8192 elements are also whole blocks of every size that there is.
+    """
+    return RowConfig(block=1024, num_warps=8)
+
+
+# Elements of a row. 32 a thread of 16 warps; twice as many would spill in the backward, and with weight's sums beside x
+# and g already these do (72 bytes of bf16 on sm_90), so longer rows than the second give them in a launch of their own,
+# which reads x and g again (unmeasured).
+LONGEST_NORM = 16384
+LONGEST_NORM_WITH_WEIGHT = 8192
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    """A kernel that holds whole rows in registers."""
+
+    rows: int
+    block: int  # columns
+    num_warps: int
+
+
+def norm_config(width: int, with_weight: bool = False) -> NormConfig:
+    """Whole rows, 16 elements a thread: two loads of 16 bytes of each tensor in bf16, before anything is summed.
+
+    Bytes count: 4 an element of bf16 forward, 6 backward. A row of 4096 has 8 warps, so the forward has 8 KB of x on
+    the way and the backward 16 KB of x and g, and three programs a multiprocessor do for the 26 KB that an H200 needs
+    (see row_config). Short rows (q_norm's 128) go 16 to a program, where a program each would be 16 times as many
+    for 256 bytes; 8 of them with weight's sums, for 64 registers a thread and not 96. 16384 take 16 warps and 32
+    elements a thread: 32 warps would have 64 registers (unmeasured).
+    """
+    block = max(16, 1 << (width - 1).bit_length())
+    rows = max(1, (1024 if with_weight else 2048) // block)
+    return NormConfig(rows, block, num_warps=min(16, max(4, rows * block // 512)))
+
+
+def norm_programs(rows: int, width: int, device: Device) -> int:
+    """Programs of the backward with weight's gradient, each with D sums: as many as hold 8192 elements of x and of g a
+    multiprocessor, 32 KB of bf16 on the way. On an H200 at D=4096 these are 264 programs with 4.3 MB of sums, which its
+    L2 cache holds, where x, g and dx of N=8192 are 201 MB (unmeasured).
+    """
+    config = norm_config(width, with_weight=True)
+    resident = max(1, 8192 // (config.rows * config.block))
+    return min(math.ceil(rows / config.rows), device.multiprocessors * resident)
+
+
+# A thread's at most. Left to itself ptxas stops at 56 on sm_100 and spills 16 bytes of interleaved pairs whose cos and
+# sin are fp32 (Triton 3.6 and 3.9); with 72 others spill 8 on sm_120 (unmeasured).
+ROPE_REGISTERS = 80
+
+
+def rope_config(pairs: int, heads: int) -> NormConfig:
+    """All heads of a token in one program, 16 numbers a thread at a time: one load of 16 bytes of bf16 for the first
+    of each pair, one for the second.
+
+    Bytes count: 4 an element of bf16, 20 KB a token of 32 + 8 heads of 128, beside 512 bytes of cos and sin. 128
+    threads have 16 such heads, 4 KB, on the way; 50 to 80 registers leave room for six to ten programs, 24 to 40 KB,
+    where an H200 needs 26 (see row_config). Several programs a token would each read its cos and sin (unmeasured).
+    """
+    block = max(1, 1 << (pairs - 1).bit_length())
+    rows = min(1 << (heads - 1).bit_length(), max(1, 1024 // block))
+    return NormConfig(rows, block, num_warps=max(1, min(4, rows * block // 256)))
