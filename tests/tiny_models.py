@@ -164,9 +164,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def tiny_model(name: str | Family, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """The family's model on CPU in evaluation mode; `changes` go into its config."""
-    family = FAMILIES[name]
+    family = FAMILIES[name] if isinstance(name, str) else name
     config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.config, **changes})
     # transformers before 5.2x runs Gemma-2 by an sdpa that leaves the softcap out
     attention = {"attn_implementation": "eager"} if family.model_type == "gemma2" else {}

@@ -1,0 +1,540 @@
+"""patch(model): the kernels of `fastdpo_kernels` inside of a transformers or peft model, for any training loop.
+
+Forwards are bound on module instances, by the rows of `architectures`; no class, module or function of transformers
+changes, and `unpatch` takes the forwards away again. A bound forward holds no module but its own and reads weights,
+adapters and modes from it at each call: copies compute with their own weights, adapters may come, go, be merged and
+switched off. An attention forward is transformers' own code over a copy of its globals in which the rotary function is
+ours; it runs on a view of its module that answers for LoRA and 4-bit projections.
+
+Each kind of patched module compares itself at its first call with the unpatched one, on a few rows of its input, and
+raises where they differ by more than rounding: BOUNDS, relative to the largest entry. No gradient is recorded and no
+random number drawn for that.
+
+What torch.compile traces is the unpatched model, in one graph as before: the compiler fuses norms, rotations and gated
+units itself, and our launches would break its graph.
+
+torch.nn.DataParallel shares a model's bound methods among its replicas, so it takes unpatched models only; DDP is fine.
+
+Legend: T tokens, D columns.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import activations
+
+from fastdpo.architectures import FAMILIES, Block, Family, Gated, Left, Norm, Rotary
+from fastdpo.messages import show_messages
+from fastdpo.projections import bound_by_others, is_linear, projection, refusal, wider, worth_it
+from fastdpo_kernels.glu import glu
+from fastdpo_kernels.lora import Projection, lora_linear, lora_mlp, lora_qkv
+from fastdpo_kernels.rms_norm import rms_norm
+from fastdpo_kernels.rope import rope
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("rms_norm", "glu", "rope", "lora_qkv", "lora_mlp", "lora")
+
+# How far two right computations may be apart, relative to the largest entry; 4e-3 for fp32 products in TF32.
+BOUNDS = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+TF32_BOUND = 4e-3
+CHECKED_ROWS = 16
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` found and did.
+
+    `families`: rows of the table that the model has modules of, () for an unknown family. `counts`: modules by kind
+    (KINDS) as the model stands now; lora_qkv counts attentions whose three projections are one, lora_mlp gated MLPs of
+    frozen projections (of those under glu), lora other projections. `left_alone`: reason -> names of modules.
+    `bound`: how many forwards this call bound; 0 where the model was patched before.
+    """
+
+    families: tuple[str, ...]
+    counts: dict[str, int]
+    left_alone: dict[str, list[str]]
+    bound: int
+
+    def __str__(self) -> str:
+        if not self.families:
+            return f"nothing patched: {next(iter(self.left_alone), 'no module of a known family')}"
+        counts = ", ".join(f"{kind} {count}" for kind, count in self.counts.items() if count)
+        done = "patched" if self.bound else "patched already, nothing changed"
+        left = "; ".join(f"{len(names)} x {why}" for why, names in self.left_alone.items())
+        return f"{done}: {' + '.join(self.families)}: {counts or 'nothing'}" + (f"; left alone: {left}" if left else "")
+
+
+def patch(model: nn.Module) -> PatchReport:
+    """Binds our forwards on the model's modules and says what it did; see the module docstring.
+
+    Takes any transformers or peft model, before or after adapters are added, quantised or not. A family without a row
+    stays as it is, and the report says so. Patching twice changes nothing. Raises ValueError, before anything changes,
+    where a module or attribute that the family's row names is missing.
+    """
+    report = _bind(model)
+    show_messages()
+    logger.info("%s", report)
+    return report
+
+
+@contextmanager
+def patched(models: Iterable[nn.Module]) -> Iterator[list[PatchReport]]:
+    """Within it these models are patched; one that came patched stays so afterwards. Keeps none of them alive."""
+    reports: list[tuple[Callable[[], nn.Module | None], PatchReport]] = []
+    try:
+        reports += ((weakref.ref(model), _bind(model)) for model in models)
+        del models
+        yield [report for _, report in reports]
+    finally:
+        for alive, report in reports:
+            if report.bound and (model := alive()) is not None:
+                unpatch(model)
+
+
+def _bind(model: nn.Module) -> PatchReport:
+    _check_is_module(model)
+    found = list(_pieces(model))
+    families = tuple(dict.fromkeys(name for name, *_ in found))
+    for name in families:
+        _check_promises(name, FAMILIES[name], [module for row, _, module, _ in found if row == name], model)
+    checks, left, bound = _Checks(), _LeftAlone(), 0
+    forwards: dict[tuple[type, Any], Callable] = {}
+    for _, name, module, piece in found:
+        if _is_ours(vars(module).get("forward")):
+            continue
+        if why := _why_not(module, piece):
+            left.add(why, name)
+            continue
+        if (key := (type(module), piece)) not in forwards:
+            forwards[key] = _forward(type(module), piece, checks)
+        vars(module)["forward"] = MethodType(forwards[key], module)
+        bound += 1
+    if not families:
+        left.add(f"{_family_name(model)} has no row in fastdpo.architectures: it trains unpatched", "")
+    return PatchReport(families, _count(model, found, left), left.names, bound)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Takes our forwards away: the model is as before `patch`. Nothing happens to a model that was not patched.
+
+    Raises ValueError, before anything changes, where something else has wrapped one of them since.
+    """
+    _check_is_module(model)
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key != "forward" and _is_ours(value):
+                raise ValueError(
+                    f"the patched forward of {name} ({type(module).__name__}) is now under {key!r}, as when accelerate "
+                    "adds a hook: remove that first, then call unpatch again"
+                )
+    for module in model.modules():
+        if _is_ours(vars(module).get("forward")):
+            del vars(module)["forward"]
+
+
+def is_patched(model: nn.Module) -> bool:
+    return any(_is_ours(vars(module).get("forward")) for module in model.modules())
+
+
+# Finding
+
+
+def _pieces(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Any]]:
+    """-> the name of the row, of the module, the module, and what its class is in that row."""
+    for name, module in model.named_modules():
+        path = type(module).__module__.split(".")
+        if path[:2] == ["transformers", "models"] and path[-1] == f"modeling_{path[2]}":
+            piece = FAMILIES[path[2]].classes.get(type(module).__name__) if path[2] in FAMILIES else None
+            if piece is not None:
+                yield path[2], name, module, piece
+
+
+def _check_promises(row: str, family: Family, modules: list[nn.Module], model: nn.Module) -> None:
+    present = {type(module).__name__ for module in modules}
+    broken = sorted(family.classes.keys() - family.some - present)
+    for module in modules:
+        cls, piece = type(module), family.classes[type(module).__name__]
+        broken += [f"{cls.__name__}.{name}" for name in _attributes(piece) if not hasattr(module, name)]
+        if isinstance(piece, Block) and piece.rotary and not _calls(cls, piece.rotary.function):
+            broken.append(f"{cls.__name__}.forward calling {piece.rotary.function}")
+    if broken:
+        raise ValueError(
+            f"the row {row!r} of fastdpo.architectures promises {', '.join(dict.fromkeys(broken))}, and this "
+            f"{type(model).__name__} has none: its version of transformers is written otherwise; train unpatched, or "
+            "correct the row"
+        )
+
+
+def _attributes(piece: Any) -> tuple[str, ...]:
+    if isinstance(piece, Norm):
+        return (piece.eps, piece.weight) if piece.weight else (piece.eps,)
+    if isinstance(piece, Gated):
+        return piece.projections if piece.fixed else (*piece.projections, piece.activation)
+    return piece.qkv if isinstance(piece, Block) else ()
+
+
+def _calls(cls: type, name: str) -> bool:
+    forward = cls.forward  # type: ignore[attr-defined]
+    return isinstance(forward, FunctionType) and name in forward.__code__.co_names and name in forward.__globals__
+
+
+def _why_not(module: nn.Module, piece: Any) -> str:
+    if isinstance(piece, Left):
+        return piece.why
+    if bound_by_others(module):
+        return "a forward bound by others"
+    if isinstance(piece, Gated) and _activation(module, piece) is None:
+        return f"{type(getattr(module, piece.activation)).__name__} has no kernel"
+    return ""
+
+
+def _activation(module: nn.Module, piece: Gated) -> str | None:
+    """The activation's name in `fastdpo_kernels.glu`; None where it is another."""
+    if piece.fixed:
+        return piece.activation
+    act: Any = getattr(module, piece.activation)
+    inner = getattr(act, "act", None)
+    if isinstance(act, (nn.SiLU, activations.SiLUActivation)):
+        return "silu"
+    if isinstance(act, activations.GELUActivation) and inner is nn.functional.gelu:
+        return "gelu"
+    if isinstance(act, activations.GELUTanh) and not isinstance(inner, MethodType):
+        return "gelu_tanh"
+    return None
+
+
+def _family_name(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
+def _check_is_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}, expected a transformers or peft model")
+
+
+# Forwards
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, MethodType) and getattr(value.__func__, "fastdpo_patch", False)
+
+
+def _forward(cls: Any, piece: Any, checks: _Checks) -> Callable:
+    ours = {Norm: _norm_forward, Gated: _gated_forward, Block: _block_forward}[type(piece)](cls, piece, checks)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return cls.forward(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    forward.fastdpo_patch = True  # type: ignore[attr-defined]
+    return forward
+
+
+def _norm_forward(cls: Any, piece: Norm, checks: _Checks) -> Callable:
+    def normed(self: Any, x: Tensor) -> Tensor:
+        weight = getattr(self, piece.weight) if piece.weight else None
+        return rms_norm(x, weight, getattr(self, piece.eps), offset=piece.offset, round_first=piece.round_first)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if checks.due("rms_norm", x):
+            checks.compare("rms_norm", cls, normed, cls.forward, self, _few_rows(x))
+        return normed(self, x)
+
+    return forward
+
+
+def _gated_forward(cls: Any, piece: Gated, checks: _Checks) -> Callable:
+    def apart(self: Any, x: Tensor) -> Tensor:
+        """The activation is ours, and each projection that is worth it."""
+        activation: Any = _activation(self, piece)
+        *ups, down = (_Projected(getattr(self, name), checks) for name in piece.projections)
+        gate, up = (project(x) for project in ups) if len(ups) == 2 else ups[0](x).chunk(2, dim=-1)
+        return down(glu(gate, up, activation))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        now = _projections(self, piece.projections, x) if len(piece.projections) == 3 else None
+        fused: Callable = lambda self, x: lora_mlp(x, *now, _activation(self, piece))  # type: ignore[misc]  # noqa: E731
+        kind, compute = ("glu", apart) if now is None else ("lora_mlp", fused)
+        if checks.due(kind, x):
+            checks.compare(kind, cls, compute, cls.forward, self, _few_rows(x))
+        return compute(self, x)
+
+    return forward
+
+
+def _block_forward(cls: Any, piece: Block, checks: _Checks) -> Callable:
+    function = _with_our_rotary(cls.forward, piece.rotary, checks) if piece.rotary else cls.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen = _View(self, piece.qkv, checks) if any(worth_it(m) for m in self.children()) else self
+        return function(seen, *args, **kwargs)
+
+    return forward
+
+
+def _projections(module: nn.Module, names: tuple[str, ...], x: Tensor) -> list[Projection] | None:
+    """All of them, or None."""
+    found: list[Projection] = []
+    for name in names:
+        child = module._modules[name]
+        if child is None or (one := projection(child, x)) is None:
+            return None
+        found.append(one)
+    return found
+
+
+class _Projected:
+    """A projection that runs fused where that is worth it, and otherwise as it does by itself."""
+
+    def __init__(self, module: Any, checks: _Checks, together: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.module, self.checks, self.together = module, checks, together
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.together is not None:
+            return self.together(x)
+        if not worth_it(self.module) or (now := projection(self.module, x)) is None:
+            return self.module(x)
+        if self.checks.due("lora", x):
+            fused: Callable = lambda _, x: lora_linear(x, now)  # noqa: E731
+            self.checks.compare("lora", type(self.module), fused, type(self.module).forward, self.module, _few_rows(x))
+        return lora_linear(x, now)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class _View:
+    """A module as its own forward sees it during one call: projections are ours, all else is the module's."""
+
+    def __init__(self, module: Any, qkv: tuple[str, ...], checks: _Checks) -> None:
+        vars(self).update(_module=module, _qkv=qkv, _checks=checks, _taken={})
+
+    @property
+    def __class__(self) -> Any:  # attention functions are given the view, and may ask what it is
+        return type(self._module)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if name in self._qkv:
+            return _Projected(value, self._checks, lambda x: self._project(name, x))
+        return _Projected(value, self._checks) if isinstance(value, nn.Module) and is_linear(value) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        """The first of the three computes all; the others take theirs if they are given the same x."""
+        module, taken = self._module, self._taken
+        if taken.get("x") is not x or name not in taken:
+            worth = any(worth_it(module._modules[one]) for one in self._qkv)
+            now = _projections(module, self._qkv, x) if worth else None
+            if now is None:
+                return _Projected(getattr(module, name), self._checks)(x)
+            if self._checks.due("lora_qkv", x):
+                fused: Callable = lambda _, x: lora_qkv(x, *now)  # noqa: E731
+                self._checks.compare("lora_qkv", type(module), fused, self._apart, module, _few_rows(x))
+            taken.update(zip((*self._qkv, "x"), (*lora_qkv(x, *now), x), strict=True))
+        return taken.pop(name)
+
+    def _apart(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(getattr(module, name)(x) for name in self._qkv)
+
+
+# Rotary positions
+
+
+def _with_our_rotary(forward: FunctionType, rotary: Rotary, checks: _Checks) -> Callable:
+    """The same code, defaults and closure over a copy of its globals, in which the rotary function is ours."""
+    names = {**forward.__globals__, rotary.function: _rotated(forward.__globals__[rotary.function], rotary, checks)}
+    copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copy.__kwdefaults__ = forward.__kwdefaults__
+    return copy
+
+
+def _rotated(original: Callable, rotary: Rotary, checks: _Checks) -> Callable:
+    tokens = 1 if rotary.table == "complex" else 2
+
+    def ours(q: Tensor, k: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
+        return _rotate(rotary, q, k, *table)
+
+    def rotated(q: Tensor, k: Tensor, *table: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        if options:  # other arguments than the families of the table pass
+            return original(q, k, *table, **options)
+        if checks.due("rope", q):
+            few, length = [t[:1, :CHECKED_ROWS] for t in table], min(CHECKED_ROWS, q.shape[tokens])
+            few_k = k[:1].narrow(tokens, 0, length)
+            sliced = lambda function: lambda _, q: function(q, few_k, *few)  # noqa: E731
+            few_q = q[:1].narrow(tokens, 0, length)
+            checks.compare("rope", original, sliced(ours), sliced(original), None, few_q)
+        return ours(q, k, *table)
+
+    return rotated
+
+
+def _rotate(rotary: Rotary, q: Tensor, k: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
+    form: dict[str, Any] = {"interleaved": rotary.interleaved, "upcast": rotary.upcast}
+    if rotary.table == "complex":
+        (angles,) = table
+        q, k = rope(q.transpose(1, 2), k.transpose(1, 2), angles.real, angles.imag, by_pair=True, **form)
+        return q.transpose(1, 2), k.transpose(1, 2)
+    cos, sin = table
+    if rotary.table == "doubled":
+        cos, sin = (t[..., : t.shape[-1] // 2] for t in table)
+    return rope(q, k, cos, sin, by_pair=rotary.table != "full", **form)
+
+
+# First use
+
+
+def _few_rows(x: Tensor) -> Tensor:
+    """(..., T, D) -> (1, ..., 16 at most, D)."""
+    for dim in range(x.ndim - 2):
+        x = x.narrow(dim, 0, 1)
+    return x[..., :CHECKED_ROWS, :] if x.ndim > 1 else x
+
+
+@dataclass
+class _Checks:
+    """Which kinds have been compared with the unpatched module; one a patched model, shared by its copies."""
+
+    done: set[str] = field(default_factory=set)
+
+    def due(self, kind: str, x: Tensor) -> bool:
+        if kind in self.done:
+            return False
+        return type(x) in (Tensor, nn.Parameter) and x.device.type != "meta" and x.numel() > 0  # no fake tensors
+
+    def compare(self, kind: str, what: Any, ours: Callable, theirs: Callable, module: Any, x: Tensor) -> None:
+        """Raises RuntimeError where ours(module, x) is not theirs(module, x)."""
+        device = x.device.type
+        autocast = torch.autocast(  # without its cache, which would keep the factors that are there for the comparison
+            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
+        )
+        with torch.no_grad(), autocast, _comparable(module):
+            with _same_random_numbers(x.device):
+                actual = ours(module, x)
+            with _same_random_numbers(x.device):
+                expected = theirs(module, x)
+        outputs = (actual, expected) if isinstance(actual, tuple) else ((actual,), (expected,))
+        for one, other in zip(*outputs, strict=True):
+            _check_close(kind, what, x, one, other)
+        self.done.add(kind)
+
+
+def _check_close(kind: str, what: Any, x: Tensor, actual: Tensor, expected: Tensor) -> None:
+    name = getattr(what, "__name__", str(what))
+    if actual.shape != expected.shape:
+        raise RuntimeError(
+            f"the patched {name} ({kind}) gives {tuple(actual.shape)}, the unpatched one {tuple(expected.shape)}: "
+            "call fastdpo.unpatch(model) and report it"
+        )
+    device, dtypes = x.device.type, {x.dtype, expected.dtype}
+    dtypes |= {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set()
+    bound = max(BOUNDS.get(dtype, TF32_BOUND) for dtype in dtypes)
+    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        bound = max(bound, TF32_BOUND)
+    actual, expected = actual.double(), expected.double()
+    known = expected.isfinite()
+    largest = expected[known].abs().max() if known.any() else expected.new_zeros(())
+    error = torch.where(known, actual - expected, 0).abs().max()
+    if not error <= bound * largest:
+        raise RuntimeError(
+            f"the patched {name} ({kind}) differs from the unpatched one by {float(error / largest):.1e} of its "
+            f"largest entry, more than rounding ({bound:.0e}): this "
+            "version of transformers or peft may compute something else; call fastdpo.unpatch(model) and report it"
+        )
+
+
+@contextmanager
+def _comparable(module: Any) -> Iterator[None]:
+    """Within it, no LoRA factor B is zero, as a new one is: its product would be compared with nothing. And
+    bitsandbytes does not pack 4-bit weights for CPU, as it does without gradient and does not undo.
+    """
+    modules: list[Any] = [] if module is None else list(module.modules())
+    factors = [b.weight for m in modules if hasattr(m, "lora_B") for b in m.lora_B.values() if type(b) is nn.Linear]
+    packing = [m for m in modules if getattr(m, "support_avx512bf16_for_cpu", False)]
+    before = [factor.data for factor in factors]
+    try:
+        for factor in factors:
+            factor.data = torch.linspace(-0.5, 0.5, factor.numel()).view(factor.shape).to(factor.data)
+        for m in packing:
+            m.support_avx512bf16_for_cpu = False
+        yield
+    finally:
+        for factor, data in zip(factors, before, strict=True):
+            factor.data = data
+        for m in packing:
+            m.support_avx512bf16_for_cpu = True
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Within it random numbers are drawn as if nothing were drawn before or after."""
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], device)
+
+
+# What the report says
+
+
+@dataclass
+class _LeftAlone:
+    names: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, why: str, name: str) -> None:
+        self.names.setdefault(why, []).append(name)
+
+
+def _count(model: nn.Module, found: list[tuple[str, str, nn.Module, Any]], left: _LeftAlone) -> dict[str, int]:
+    """Modules by kind, as the model stands now; adds the projections that run by themselves to `left`."""
+    counts: dict[str, int] = dict.fromkeys(KINDS, 0)
+    inside: set[int] = set()
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for _, name, module, piece in found:
+        if not _is_ours(vars(module).get("forward")):
+            continue
+        counts["rms_norm"] += isinstance(piece, Norm)
+        counts["glu"] += isinstance(piece, Gated)
+        counts["rope"] += isinstance(piece, Block) and piece.rotary is not None
+        if not isinstance(piece, Norm):
+            _count_projections(name, module, piece, counts, left, dtype)
+            inside |= {id(child) for child in module.children()}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and id(module) not in inside:
+            left.add("LoRA outside of attention and MLP", name)
+    return counts
+
+
+def _count_projections(
+    name: str, module: Any, piece: Any, counts: dict[str, int], left: _LeftAlone, dtype: torch.dtype
+) -> None:
+    children = {key: child for key, child in module.named_children() if is_linear(child)}
+    whys = {key: refusal(child, training=True) or wider(child, dtype) for key, child in children.items()}
+    for key, why in whys.items():
+        if why:
+            left.add(why, f"{name}.{key}")
+    together = piece.projections if isinstance(piece, Gated) else piece.qkv
+    fused = len(together) == 3 and not any(whys.get(key, "missing") for key in together)
+    if isinstance(piece, Gated):
+        counts["lora_mlp"] += fused
+    else:
+        fused = fused and any(worth_it(children[key]) for key in together)
+        counts["lora_qkv"] += fused
+    alone = children.keys() - set(together if fused else ())
+    counts["lora"] += sum(worth_it(children[key]) and not whys[key] for key in alone)
