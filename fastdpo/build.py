@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -40,13 +40,17 @@ from fastdpo.model import (
     input_embedding,
     learned_positions,
     load_model,
+    load_model_config,
+    place,
     prepare_precision,
     refuse_load_options,
 )
+from fastdpo.patching import PatchReport, patched
+from fastdpo.quantized import quantized_by, weights_report
 from fastdpo.reference import NoReference, Reference, find_reference
 from fastdpo.reference_cache import remember
 from fastdpo.step import MeanReward
-from fastdpo_kernels import linear_logps, pair_loss
+from fastdpo_kernels import launch, linear_logps, pair_loss
 from fastdpo_kernels.pair_loss import PairwiseLoss
 
 logger = logging.getLogger(__name__)
@@ -83,13 +87,24 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
         )
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, expected a config of peft such as LoraConfig")
-    if peft_config is not None and config.use_peft:
-        raise ValueError("both peft_config and use_peft are given: leave one out")
+    of_lora = ["use_peft"] if config.use_peft else config.given_lora_options()
+    if peft_config is not None and of_lora:
+        raise ValueError(f"both peft_config and {of_lora[0]} are given: leave one out")
     if isinstance(model, PeftModel) and (peft_config is not None or config.use_peft):
         raise ValueError(
             "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training "
             "the adapter that is there, or merge it first with model.merge_and_unload()"
         )
+
+
+def choose_adapters(model: Any, peft_config: Any, config: DPOConfig) -> None:
+    """LoRA on all linear layers where weights are quantised, which cannot train, and nothing else is asked for."""
+    if peft_config is not None or config.use_peft or isinstance(model, PeftModel):
+        return
+    quantized = config.quantizes or quantized_by(load_model_config(model, config) if isinstance(model, str) else model)
+    if quantized:
+        config.use_peft = True
+        logger.info("adapters: LoRA, as quantised weights do not train (lora_r, lora_target_modules and so on set it)")
 
 
 def _share_parameters(model: Any, ref_model: Any) -> bool:
@@ -152,8 +167,7 @@ def build_policy(model: Model, peft_config: Any, config: DPOConfig) -> Policy:
     loaded = add_adapters(load_model(model, config, adapters), peft_config, config)
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     prepare_precision(loaded, autocast)
-    loaded.to(config.device)  # type: ignore[arg-type]
-    return Policy(loaded, autocast, noisy=not config.disable_dropout).train()
+    return Policy(place(loaded, config.device), autocast, noisy=not config.disable_dropout).train()
 
 
 def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig) -> Policy | None:
@@ -161,7 +175,7 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig)
     if ref_model is None:
         return None
     loaded = load_model(ref_model, config, adapters=True)
-    return Policy(loaded.to(config.device), policy.autocast)  # type: ignore[arg-type]
+    return Policy(place(loaded, config.device), policy.autocast)
 
 
 def common_layout(policy: Policy, ref_policy: Policy | None, tokenizer: Any) -> Layout:
@@ -201,13 +215,19 @@ def plan_batches(
     layout: Layout,
     config: DPOConfig,
 ) -> None:
-    """On a CUDA device: the memory plan, and `max_tokens_per_microbatch` from it where it is unset."""
+    """On a CUDA device: the memory plan, and from it `max_tokens_per_microbatch` where it is unset, and checkpointing
+    with memory="auto". Raises ValueError where that is asked for and there is no plan.
+    """
     if config.device.type != "cuda":
+        if config.memory:
+            raise ValueError("memory='auto' plans for an NVIDIA GPU, and the run has none: leave it out")
         return
     lengths = PairLengths.of_tables([table for table in tables.values() if table is not None], config, layout.packed)
     try:
         plan = plan_run(policy, reference.policy, config, lengths, layout.packed)
     except (ValueError, CannotPack) as reason:
+        if config.memory:
+            raise ValueError(f"memory='auto' finds no plan ({reason}): leave it out") from reason
         without = "" if config.max_tokens_per_microbatch else "; until then micro-batches go by pairs"
         logger.warning("memory: %s%s", reason, without)
         return
@@ -252,6 +272,7 @@ def compute_reference(
     trains; -> rows whose log-probs are in `config.ref_log_probs`.
     """
     check_models(model, ref_model, config, None)
+    choose_adapters(model, None, config)
     tokenizer = find_tokenizer(None, model, config)
     tables = build_eval_tables(eval_dataset, tokenizer, config)
     tables["train"] = build_table(train_dataset, tokenizer, config, "train", config.dataset_train_split)
@@ -261,11 +282,12 @@ def compute_reference(
     if not frozen:
         loaded.float()  # as what trains in full is
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
-    policy = Policy(loaded.to(config.device), autocast).requires_grad_(False).eval()
+    policy = Policy(place(loaded, config.device), autocast).requires_grad_(False).eval()
     tables = check_fit(policy, None, tables, tokenizer, config)
-    layout = common_layout(policy, None, tokenizer)
-    reference = Reference(policy, nullcontext, f"{source} alone", True, config.ld_alpha)
-    remember(reference, tables, layout, config, source)
+    with fused_blocks([policy], config):
+        layout = common_layout(policy, None, tokenizer)
+        reference = Reference(policy, nullcontext, f"{source} alone", True, config.ld_alpha)
+        remember(reference, tables, layout, config, source)
     return reference.known_rows
 
 
@@ -346,22 +368,51 @@ def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config
     return handler
 
 
-def describe(policy: Policy, layout: Layout, reference: Reference | NoReference, config: DPOConfig) -> None:
+@contextmanager
+def fused_blocks(policies: Sequence[Policy | None], config: DPOConfig) -> Iterator[list[PatchReport]]:
+    """Within it the blocks of these policies' models run on our kernels, where `fused_kernels` has it so; -> what was
+    patched, nothing where that is off.
+    """
+    on = use_fused_kernels(config)
+    with patched({id(one): one.model for one in policies if one is not None and on}.values()) as reports:
+        del policies  # a reference may be freed within it
+        yield reports
+
+
+def use_fused_kernels(config: DPOConfig) -> bool:
+    """On a CPU only where asked for: plain torch under autograd is as fast there, and its compiler is on no device."""
+    if config.fused_kernels is None:
+        return launch.device_of(config.device).compiles and not config.torch_compile
+    return config.fused_kernels
+
+
+def describe(
+    policy: Policy,
+    layout: Layout,
+    reference: Reference | NoReference,
+    fused: Sequence[PatchReport],
+    config: DPOConfig,
+) -> None:
     """What the run resolved to, a line each."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in policy.parameters())
+    total = base_model(policy.model).num_parameters()  # which counts what is packed in one element of 4-bit weights
     device = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else str(config.device)
     products = str(policy.autocast or next(policy.parameters()).dtype).removeprefix("torch.")
     logger.info(
         "model: %s, %s of %s parameters train", type(base_model(policy.model)).__name__, f"{trained:,}", f"{total:,}"
     )
+    if quantized := weights_report(policy):
+        logger.info("base weights: %s", quantized)
     logger.info("device: %s, matrix products in %s, dropout %s", device, products, "on" if policy.noisy else "off")
     logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)
     logger.info("reference: %s", reference.description)
     if getattr(base_model(policy.model).config.get_text_config(), "output_router_logits", False):
         logger.warning("the model's config asks for a router's auxiliary loss, which is not added in this version")
     if config.attn_implementation and layout.packed:
-        logger.info("attention outside of packed batches (generation): %s, as asked for", config.attn_implementation)
+        where = "packed batches and" if policy.asked_attention else "what is not packed, such as"
+        logger.info("attention of %s generation: %s, as asked for", where, config.attn_implementation)
+    for report in fused or ["off, blocks run as transformers has them"]:
+        logger.info("fused kernels: %s", report)
     kernels = linear_logps.method_report(config.device), pair_loss.method_report(config.device)
     for name, path in (*kernels[0], *kernels[1], *(backend_report(layout.attention) if layout.packed else [])):
         logger.info("%s: %s", name, path)

@@ -16,6 +16,7 @@ import tempfile
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -42,7 +43,7 @@ IGNORES_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "a
 
 _LISTS = ("loss_type", "loss_weights", "lora_target_modules", "lora_modules_to_save")
 _DICTS = ("model_init_kwargs", "rope_scaling", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
-_DICTS += ("activation_checkpointing_kwargs",)
+_DICTS += ("activation_checkpointing_kwargs", "quantization_config")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a dict"}
 
 
@@ -118,6 +119,9 @@ class DPOConfig(TrainingArguments):
     )
     model_init_kwargs: dict | str | None = _option(None, "More arguments for from_pretrained, as JSON.")
     rope_scaling: dict | str | None = _option(None, "RoPE scaling for lengths beyond the learned ones, as JSON.")
+    fused_kernels: bool | None = _option(
+        None, "Run the model's blocks on fastdpo's kernels, as fastdpo.patch does; unset: on a GPU, uncompiled."
+    )
     disable_dropout: bool = _option(True, "Train without dropout, LoRA's included.")
 
     # Adapters, under the names of TRL's ModelConfig
@@ -129,6 +133,14 @@ class DPOConfig(TrainingArguments):
     lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full beside the adapters.")
     use_rslora: bool = _option(False, "Scale adapters by the square root of lora_r.")
     use_dora: bool = _option(False, "Train magnitude and direction apart (DoRA).")
+
+    # Quantised weights under adapters, by bitsandbytes; the names are those of TRL's ModelConfig
+    load_in_4bit: bool = _option(False, "Load the frozen weights in 4 bits; adapters train (QLoRA).")
+    load_in_8bit: bool = _option(False, "Load the frozen weights in 8 bits; adapters train.")
+    bnb_4bit_quant_type: str = _option("nf4", "Code of 4-bit weights")
+    use_bnb_nested_quant: bool = _option(True, "Quantise the scales of 4-bit weights, too (double quantisation).")
+    bnb_4bit_quant_storage: str = _option("uint8", "Dtype that 4-bit weights are stored as")
+    quantization_config: dict | str | None = _option(None, "A BitsAndBytesConfig in place of these, as JSON.")
 
     # Data
     dataset_train_split: str = _option("train", "Split to train on.")
@@ -169,6 +181,9 @@ class DPOConfig(TrainingArguments):
     )
 
     # Memory
+    memory: str | None = _option(
+        None, "auto: as little gradient checkpointing as lets the longest pair fit on the GPU, with offloading at last."
+    )
     max_tokens_per_microbatch: int | None = _option(
         None,
         "Tokens of a micro-batch; changes no result. Unset: per_device_train_batch_size pairs, on a CPU 512 tokens.",
@@ -185,19 +200,20 @@ class DPOConfig(TrainingArguments):
         False, "Accepted for old scripts: a directory with files is named, never refused."
     )
     gradient_checkpointing: bool = _option(False, "Recompute activations in the backward pass, to save memory.")
-    gradient_checkpointing_kwargs: dict | str | None = _option(None, "Arguments of torch's checkpoint, as JSON.")
+    gradient_checkpointing_kwargs: dict | str | None = _option(
+        None, "Arguments of torch's checkpoint, as JSON; every_n_layers: 2 recomputes every second block only."
+    )
+    activation_offloading: bool = _option(
+        False, "Checkpoint, and keep the blocks' inputs in the host's memory until the backward pass."
+    )
     activation_checkpointing: bool | None = _option(None, "Newer name of gradient_checkpointing.")
     activation_checkpointing_kwargs: dict | str | None = _option(None, "Newer name of gradient_checkpointing_kwargs.")
 
     # Documented for DPO, not available yet
-    load_in_4bit: bool = _later(False)
-    load_in_8bit: bool = _later(False)
-    bnb_4bit_quant_type: str = _later("nf4")
     sync_ref_model: bool = _later(False)
     ref_model_mixup_alpha: float = _later(0.9)
     ref_model_sync_steps: int = _later(64)
     router_aux_loss_coef: float | None = _later(None)
-    activation_offloading: bool = _later(False)
     generate_during_eval: bool = _later(False)
     is_encoder_decoder: bool | None = _later(None)
     max_target_length: int | None = _later(None)
@@ -244,6 +260,7 @@ class DPOConfig(TrainingArguments):
         for name in ("output_dir", "logging_dir", "ref_log_probs"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
+        self._join_quantization()
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
         self.f_divergence_type = getattr(self.f_divergence_type, "value", self.f_divergence_type)  # TRL 0.11's enum
@@ -257,6 +274,22 @@ class DPOConfig(TrainingArguments):
         if self.eval_strategy == "steps" and not self.eval_steps:
             self.eval_steps = self.logging_steps
 
+    def _join_quantization(self) -> None:
+        """A BitsAndBytesConfig as the dict that it stands for, wherever scripts give one."""
+        more = self.model_init_kwargs
+        if isinstance(more, dict) and more.get("quantization_config") is not None:
+            if self.quantization_config is not None:
+                raise ValueError("quantization_config is given, and in model_init_kwargs another: give one of them.")
+            self.model_init_kwargs = {name: value for name, value in more.items() if name != "quantization_config"}
+            self.quantization_config = more["quantization_config"]
+        if hasattr(self.quantization_config, "to_dict"):
+            self.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether base weights are quantised while they load."""
+        return bool(self.load_in_4bit or self.load_in_8bit or self.quantization_config)
+
     def _join_checkpointing(self) -> None:
         for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             newer = name.replace("gradient", "activation")
@@ -265,7 +298,16 @@ class DPOConfig(TrainingArguments):
                 raise ValueError(f"{name}={value!r} and {newer}={newer_value!r} name one option: give one of them.")
             setattr(self, name, value if newer_value is None else newer_value)
             setattr(self, newer, None)
-        self.gradient_checkpointing = False if self.gradient_checkpointing is None else self.gradient_checkpointing
+        kwargs = self.gradient_checkpointing_kwargs
+        if isinstance(kwargs, dict) and kwargs.get("offload"):  # transformers' name for it
+            self.activation_offloading = True
+        self.gradient_checkpointing = bool(self.gradient_checkpointing or self.activation_offloading)
+
+    @property
+    def checkpoint_options(self) -> dict[str, Any]:
+        """What `checkpointing` takes: gradient_checkpointing_kwargs with activation_offloading among them."""
+        given: Any = self.gradient_checkpointing_kwargs or {}
+        return {**given, "offload": self.activation_offloading}
 
     def _check(self) -> None:
         self._check_supported()
@@ -354,15 +396,10 @@ class DPOConfig(TrainingArguments):
                 f"max_prompt_length={self.max_prompt_length} leaves no room for a response in "
                 f"max_length={self.max_length}: lower it."
             )
-        defaults = _defaults(DPOConfig)
-        idle = [
-            name
-            for name in VERDICTS
-            if name.startswith("lora_") and name in defaults or name in ("use_rslora", "use_dora")
-        ]
-        for name in idle:
-            if not self.use_peft and getattr(self, name) != defaults[name]:
+        if not (self.use_peft or self.quantizes):
+            for name in self.given_lora_options():
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect without adapters: set use_peft=True.")
+        self._check_quantization()
         if self.lora_dropout and self.disable_dropout:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} needs disable_dropout=False, which trains with dropout."
@@ -384,14 +421,54 @@ class DPOConfig(TrainingArguments):
                 "gradient_checkpointing_kwargs use_reentrant=True is not supported: packed attention needs the other "
                 "kind; set it to False."
             )
+        if isinstance(kwargs, dict) and not (isinstance(every := kwargs.get("every_n_layers", 1), int) and every >= 1):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs every_n_layers must be a whole number of at least 1, got {every!r}."
+            )
+        if self.memory not in (None, "auto"):
+            raise ValueError(f"memory={self.memory!r} is not known: leave it out, or set it to 'auto'.")
+        chosen = "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"
+        if self.memory and (given := [name for name in chosen if getattr(self, name)]):
+            raise ValueError(f"memory='auto' chooses {given[-1]}, which is given, too: leave one of them out.")
+        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+            raise ValueError(
+                "activation_offloading=True moves activations from a GPU to the host, and there is none: leave it out."
+            )
         compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if getattr(self, name)]
         if compiles and not self.torch_compile:
             raise ValueError(f"{compiles[0]}={getattr(self, compiles[0])!r} has no effect without torch_compile=True.")
+        if self.fused_kernels and self.torch_compile:
+            raise ValueError(
+                "fused_kernels=True and torch_compile=True exclude each other: the compiler takes the model's own "
+                "blocks. Set one of them."
+            )
         if self.logging_dir and not {"tensorboard", "all"} & set(self.report_to or ()):
             raise ValueError("logging_dir is where TensorBoard writes: add report_to='tensorboard', or leave it out.")
         if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
             raise ValueError(
                 "fp16=True needs a GPU, as its loss scaling is for GPU arithmetic: leave it out, or set bf16=True."
+            )
+
+    def given_lora_options(self) -> list[str]:
+        """The options of new LoRA adapters that are not at their default."""
+        defaults = _defaults(DPOConfig)
+        names = [name for name in defaults if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def _check_quantization(self) -> None:
+        ways = [name for name in ("load_in_4bit", "load_in_8bit", "quantization_config") if getattr(self, name)]
+        if ways and find_spec("bitsandbytes") is None:
+            raise ValueError(f"{ways[0]} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)} exclude each other: give one of them.")
+        for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
+            if not self.load_in_4bit and getattr(self, name) != _defaults(DPOConfig)[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without load_in_4bit=True: set it.")
+        given = self.quantization_config
+        if isinstance(given, dict) and given and not (given.get("load_in_4bit") or given.get("load_in_8bit")):
+            raise ValueError(
+                f"quantization_config={given} asks for neither load_in_4bit nor load_in_8bit of bitsandbytes, the "
+                "only quantisation that fastdpo loads: set one of them to true."
             )
 
     def _check_devices(self) -> None:
@@ -440,7 +517,7 @@ class DPOConfig(TrainingArguments):
         from fastdpo.losses import loss_differences
 
         lines = loss_differences(self)
-        if self.learning_rate is None and self.use_peft:
+        if self.learning_rate is None and (self.use_peft or self.quantizes):
             lines.append("learning_rate is 2e-5 for adapters (TRL 1.16: 1e-6 for all)")
         if self.truncation_mode == "keep_end" and self.max_length is not None:
             lines.append("truncation_mode='keep_end' keeps the end of a prompt that is too long (TRL 1.16: keep_start)")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastdpo.attention import asked_attention, attention_configs, checkpoint_contexts, packed_attention
 from fastdpo.batch import PreferenceBatch
 from fastdpo.config import DPOConfig
+from fastdpo.offload import HostCopies
+from fastdpo.quantized import (
+    check_quantized,
+    check_trained_whole,
+    keep_unpacked,
+    quantization,
+    quantized_by,
+    returning_memory,
+)
 from fastdpo_kernels.linear_logps import linear_logps
 
 logger = logging.getLogger(__name__)
@@ -47,6 +57,7 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
     """Refuses what is no decoder-only language model, reading no more than its config; `name` is for errors."""
     if isinstance(source, str):
         model_config = _model_config(source, config)
+        check_quantized(model_config, f"{name} {source}")
         if model_config.is_encoder_decoder or not _is_causal(model_config):
             kind = "an encoder-decoder" if model_config.is_encoder_decoder else "not a causal language model"
             raise ValueError(
@@ -58,6 +69,7 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
         raise ValueError(
             f"{name} is a {type(source).__name__}, expected a name, a path, a PreTrainedModel or a PeftModel"
         )
+    check_quantized(base, name)
     if base.config.is_encoder_decoder:
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder, which is not available yet: give a decoder-only model"
@@ -67,15 +79,34 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
 
 
 def load_model(source: Any, config: DPOConfig, adapters: bool) -> PreTrainedModel | PeftModel:
-    """A name or path -> the model, its weights fit for training adapters or all of it; a loaded one as it is."""
+    """A name or path -> the model, its weights fit for training adapters or all of it; a loaded one as it is.
+
+    Quantised weights are quantised tensor by tensor on the way to the device, which so never holds them whole.
+    """
     if not isinstance(source, str):
+        keep_unpacked(source)
         return source
     more: Any = config.model_init_kwargs or {}
     options: dict[str, Any] = {"config": load_model_config(source, config), **_where(config), **more}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     options.setdefault("dtype", load_dtype(config, adapters))
-    return AutoModelForCausalLM.from_pretrained(source, **options)
+    model_config = options["config"]
+    if config.quantizes and quantized_by(model_config):
+        raise ValueError(f"{source} is quantised already: leave out load_in_4bit, load_in_8bit or quantization_config")
+    if config.quantizes or quantized_by(model_config):
+        options["device_map"] = {"": config.device}
+    if config.quantizes:
+        options["quantization_config"] = quantization(config, compute_dtype(config))
+    with returning_memory(config.device) if config.quantizes else nullcontext():
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    keep_unpacked(model)
+    return model
+
+
+def place(model: Any, device: torch.device) -> Any:
+    """The model on its device; quantised weights are there since they were loaded, or are moved as they are."""
+    return model if all(parameter.device == device for parameter in model.parameters()) else model.to(device)
 
 
 def load_dtype(config: DPOConfig, adapters: bool) -> torch.dtype:
@@ -139,6 +170,7 @@ def _is_causal(model_config: Any) -> bool:
 def refuse_load_options(source: Any, config: DPOConfig) -> None:
     defaults = DPOConfig.__dataclass_fields__
     names = ("model_revision", "trust_remote_code", "dtype", "attn_implementation", "model_init_kwargs", "rope_scaling")
+    names += ("load_in_4bit", "load_in_8bit", "quantization_config")
     if given := [name for name in names if getattr(config, name) != defaults[name].default]:
         raise ValueError(
             f"{', '.join(given)} apply while a model loads, but model is an already loaded {type(source).__name__}: "
@@ -158,7 +190,9 @@ def add_adapters(
         warnings.filterwarnings(
             "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
         )  # peft asks for it
-        adapted = get_peft_model(model, peft_config or _lora_config(config))
+        peft_config = peft_config or _lora_config(config)
+        check_trained_whole(model, getattr(peft_config, "modules_to_save", None))
+        adapted = get_peft_model(model, peft_config)
     if getattr(adapted.active_peft_config, "is_prompt_learning", False):
         raise ValueError(
             f"{type(peft_config).__name__} adds virtual tokens, which packed pairs have no place for: use LoRA"
@@ -282,6 +316,11 @@ def output_head(model: PreTrainedModel) -> Head:
         layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
     base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     weight: Tensor = base.weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the LM head is quantised to {weight.dtype}, and log-probs need it whole: list it in the "
+            "llm_int8_skip_modules of the quantization_config that the model was loaded with"
+        )
     if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
         for name in layer.active_adapters:
             weight = weight + _low_rank_update(layer, name)
@@ -356,8 +395,11 @@ class Policy(nn.Module):
 
 
 @contextmanager
-def checkpointing(policy: Policy, kwargs: dict[str, Any] | None) -> Iterator[None]:
+def checkpointing(policy: Policy, kwargs: Mapping[str, Any] | None) -> Iterator[None]:
     """Within it, `policy` checkpoints its blocks (non-reentrant); a second run sees the attention of the first.
+
+    kwargs: torch's checkpoint's, and two by the names of transformers: every_n_layers (1), offload (False: block inputs
+    stay on the device).
 
     Only inside the policy's own forward: a model with checkpointing on generates without its key-value cache, and
     transformers then gives wrong tokens. Raises ValueError where the model does not support it.
@@ -370,11 +412,14 @@ def checkpointing(policy: Policy, kwargs: dict[str, Any] | None) -> Iterator[Non
     modules: list[Any] = [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
     before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in modules]
     options = {**(kwargs or {}), "use_reentrant": False, "context_fn": checkpoint_contexts(policy.configs)}
+    every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
     if hasattr(base, "activation_checkpointing_enable"):  # transformers since 5.2x
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    policy.checkpointed = [module for module in modules if module.gradient_checkpointing]
+    policy.checkpointed = _every_nth([module for module in modules if module.gradient_checkpointing], every, base)
+    if offload:
+        _offload(policy.checkpointed, base)
     set_checkpointing(modules, False)
     try:
         yield
@@ -384,6 +429,24 @@ def checkpointing(policy: Policy, kwargs: dict[str, Any] | None) -> Iterator[Non
             module.gradient_checkpointing = flag
             if function is not None:
                 module._gradient_checkpointing_func = function
+
+
+def _every_nth(checkpointed: list[Any], every: int, model: PreTrainedModel) -> list[Any]:
+    """The first block of every `every`, and what is no block. Raises ValueError where blocks cannot be told apart."""
+    blocks = [module for module in checkpointed if isinstance(module, GradientCheckpointingLayer)]
+    if every > 1 and not blocks:
+        raise ValueError(f"{type(model).__name__} checkpoints all of its blocks or none: leave every_n_layers out")
+    left_out = {id(block) for place, block in enumerate(blocks) if place % every}
+    return [module for module in checkpointed if id(module) not in left_out]
+
+
+def _offload(checkpointed: list[Any], model: PreTrainedModel) -> None:
+    blocks = [module for module in checkpointed if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ValueError(f"{type(model).__name__} has no blocks whose inputs could be moved: set offload=False")
+    copies = HostCopies(blocks[0]._gradient_checkpointing_func)
+    for block in blocks:
+        block._gradient_checkpointing_func = copies
 
 
 def checkpoints_already(model: nn.Module) -> bool:

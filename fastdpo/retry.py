@@ -1,5 +1,6 @@
-"""The answer to a GPU that runs out of memory: the step is done again in micro-batches of half the size, with the same
-numbers, and so are later steps.
+"""The answer to a GPU that runs out of memory: the batch is done again in micro-batches of half the size, and so are
+later ones, of training as of evaluation. The numbers are the same up to the rounding of sums, unless dropout is on:
+masks are drawn a micro-batch, and smaller ones draw others.
 """
 
 from __future__ import annotations
@@ -7,11 +8,12 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from fastdpo.batch import PreferenceBatch
-from fastdpo.loader import Collate
 
 logger = logging.getLogger(__name__)
 
@@ -19,21 +21,39 @@ Batches = Sequence[PreferenceBatch]  # the micro-batches of an optimizer batch, 
 
 
 class Retry:
-    """Runs steps; once memory ran out, their micro-batches keep within a token budget."""
+    """Runs the batches of loaders; once memory ran out, their micro-batches keep within a token budget."""
 
-    def __init__(self, collate: Collate, pinned: bool) -> None:
-        """`collate` made the batches; `pinned`: smaller ones are to be pinned as the loader's are."""
-        self.collate, self.pinned = collate, pinned
+    def __init__(self, dropout: bool = False) -> None:
+        self.dropout = dropout
         self.budget: int | None = None
+        self._told: int | None = None  # the budget that the user knows of
 
-    def __call__(self, step: Callable[[Batches], None], batches: Batches, undo: Callable[[], None]) -> None:
-        """`step(batches)` until it is through, each failed attempt undone; one pair that does not fit alone raises."""
-        batches = self._within_budget(batches)
+    def __call__(
+        self,
+        step: Callable[[Batches], None],
+        batches: Batches,
+        loader: DataLoader,
+        undo: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`step(batches)` until it is through, each failed attempt undone; one pair that does not fit alone raises.
+
+        `loader` gave the batches: smaller ones are collated and pinned as it does.
+        """
+        batches = self._within_budget(batches, loader)
         while not self._fits(step, batches):
             undo()
-            gc.collect()
-            torch.cuda.empty_cache()
-            batches = self._within_budget(batches)
+            collect_memory()
+            batches = self._within_budget(batches, loader)
+
+    def report(self) -> None:
+        """Says which budget is in use, where it is another one than was said last."""
+        if self.budget != self._told:
+            logger.warning(
+                "memory ran out again: by now micro-batches have at most %d tokens; max_tokens_per_microbatch=%d "
+                "starts so",
+                *(self.budget, self.budget),
+            )
+        self._told = self.budget
 
     def _fits(self, step: Callable[[Batches], None], batches: Batches) -> bool:
         """False, with half the budget, where memory ran out; by then the error has let go of what was computed."""
@@ -45,27 +65,37 @@ class Retry:
                 raise
             if all(batch.num_pairs == 1 for batch in batches):
                 longest = max(batch.input_ids.numel() for batch in batches)
+                change = "set gradient_checkpointing=True or lower" if torch.is_grad_enabled() else "lower"
                 error.add_note(
-                    f"fastdpo: a pair of {longest} tokens alone does not fit: set gradient_checkpointing=True or lower "
-                    "max_length; `fastdpo plan` says what takes the memory"
+                    f"fastdpo: a pair of {longest} tokens alone does not fit: {change} max_length; `fastdpo plan` says "
+                    "what takes the memory"
                 )
                 raise
         largest = max(batch.input_ids.numel() for batch in batches if batch.num_pairs > 1)
         if self.budget is None:
             logger.warning(
-                "out of GPU memory at %d tokens a micro-batch: this step is done again, and the others are done, with "
-                "at most %d; max_tokens_per_microbatch=%d starts so",
+                "out of GPU memory at %d tokens a micro-batch: this batch is done again, and the others are done, with "
+                "at most %d; max_tokens_per_microbatch=%d starts so%s",
                 *(largest, largest // 2, largest // 2),
+                "; dropout is on, and smaller micro-batches draw other masks" if self.dropout else "",
             )
+            self._told = largest // 2
         self.budget = largest // 2
         return False
 
-    def _within_budget(self, batches: Batches) -> Batches:
+    def _within_budget(self, batches: Batches, loader: DataLoader) -> Batches:
         budget = self.budget
         if budget is None or all(batch.num_pairs == 1 or batch.input_ids.numel() <= budget for batch in batches):
             return batches
-        smaller = self.collate.regroup(batches, budget)
-        return [batch.pin_memory() for batch in smaller] if self.pinned else smaller
+        collate: Any = loader.collate_fn
+        smaller = collate.regroup(batches, budget)
+        return [batch.pin_memory() for batch in smaller] if loader.pin_memory else smaller
+
+
+def collect_memory() -> None:
+    """Gives back what a failed attempt leaves, once its error is let go of."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def out_of_memory(error: RuntimeError) -> bool:

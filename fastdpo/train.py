@@ -16,7 +16,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from fastdpo.metrics import MetricSums, Running
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, allocate_states, build_optimizer
 from fastdpo.reference import NoReference
-from fastdpo.retry import Retry
+from fastdpo.retry import Retry, out_of_memory
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
 from fastdpo_kernels.pair_loss import PairLoss
 
@@ -79,6 +79,7 @@ class DPOTrainer:
         self.args = args = copy.copy(DPOConfig.from_arguments(DPOConfig() if args is None else args))
         args.validate()
         build.check_models(model, ref_model, args, peft_config)
+        build.choose_adapters(model, peft_config, args)
         reporters = build.find_reporters(args)
         args.check_output_dir()
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
@@ -93,29 +94,33 @@ class DPOTrainer:
         if args.learning_rate is None:
             args.learning_rate = 2e-5 if hasattr(self.policy.model, "peft_config") else 1e-6
         ref_policy = build.build_ref_policy(ref_model, self.policy, args)
-        tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
-        self.train_dataset = tables.pop("train", None)
-        self.eval_dataset = tables
-        self.layout = build.common_layout(self.policy, ref_policy, self.processing_class)
-        self.reference = build.build_reference(self.policy, ref_policy, self.layout, args)
-        self.loss = pairwise_loss(args)
-        self.mean_reward = build.build_mean_reward(self.loss, args)
+        with build.fused_blocks([self.policy, ref_policy], args) as fused:
+            tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
+            self.train_dataset = tables.pop("train", None)
+            self.eval_dataset = tables
+            self.layout = build.common_layout(self.policy, ref_policy, self.processing_class)
+            self.reference = build.build_reference(self.policy, ref_policy, self.layout, args)
+            self.loss = pairwise_loss(args)
+            self.mean_reward = build.build_mean_reward(self.loss, args)
 
-        self._margins_checked = self._evaluate_at_end = False
-        self._start_engine()
-        self.optimizer: Any = None
-        self.lr_scheduler: Any = None
-        self.state, self.control = TrainerState(), TrainerControl()
-        given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
-        self.callback_handler = build.build_callbacks([*reporters, *given], self.policy, self.processing_class, args)
-        del ref_policy  # the reference alone holds it from here on, and may let go of it
-        tables = {"train": self.train_dataset, **self.eval_dataset}
-        given_budget = args.max_tokens_per_microbatch
-        build.plan_batches(self.policy, self.reference, tables, self.layout, args)
-        if build.remember_reference(self.reference, tables, self.policy, self.layout, args, model, ref_model):
-            args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
+            self._margins_checked = self._evaluate_at_end = False
+            self._retry = Retry(dropout=self.policy.noisy)
+            self._start_engine()
+            self.optimizer: Any = None
+            self.lr_scheduler: Any = None
+            self.state, self.control = TrainerState(), TrainerControl()
+            given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
+            self.callback_handler = build.build_callbacks(
+                [*reporters, *given], self.policy, self.processing_class, args
+            )
+            del ref_policy  # the reference alone holds it from here on, and may let go of it
+            tables = {"train": self.train_dataset, **self.eval_dataset}
+            given_budget = args.max_tokens_per_microbatch
             build.plan_batches(self.policy, self.reference, tables, self.layout, args)
-        build.describe(self.policy, self.layout, self.reference, args)
+            if build.remember_reference(self.reference, tables, self.policy, self.layout, args, model, ref_model):
+                args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
+                build.plan_batches(self.policy, self.reference, tables, self.layout, args)
+            build.describe(self.policy, self.layout, self.reference, fused, args)
         self.control = self.callback_handler.on_init_end(args, self.state, self.control)
 
     @property
@@ -157,12 +162,11 @@ class DPOTrainer:
         self.control = TrainerControl()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.mean_reward = build.build_mean_reward(self.loss, args)
-        self._retry = Retry(loader.collate_fn, pinned=loader.pin_memory)  # type: ignore[arg-type]
         self._running = Running(self._preference_step(training=True), trained)
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
-        with self._training_mode(), self._garbage_waits():
+        with self._fused_blocks(), self._training_mode(), self._garbage_waits():
             self.policy.train()
             self.control = handler.on_train_begin(args, self.state, self.control)
             if args.eval_on_start:
@@ -202,13 +206,16 @@ class DPOTrainer:
 
     def _optimizer_step(self, batches: list[PreferenceBatch]) -> None:
         """All micro-batches of one step, their gradients those of the mean over its pairs; then one update."""
-        args, running, handler = self.args, self._running, self.callback_handler
-        self._retry(self._backward, batches, self._undo_step())
+        args, running = self.args, self._running
+        handler: Any = self.callback_handler
+        self._substeps = 0
+        self._retry(self._backward, batches, handler.train_dataloader, self._undo_step())
         self.control = handler.on_pre_optimizer_step(args, self.state, self.control)
         try:
             self.scaler.step(self.optimizer)
-        except torch.OutOfMemoryError as error:  # some weights may have moved: this cannot be done again
-            error.add_note("fastdpo: the optimizer's update does not fit: take optim='adamw_8bit', or a paged one")
+        except RuntimeError as error:
+            if out_of_memory(error):  # some weights may have moved: this cannot be done again
+                error.add_note("fastdpo: the optimizer's update does not fit: take optim='adamw_8bit', or a paged one")
             raise
         self.scaler.update()
         self.control = handler.on_optimizer_step(args, self.state, self.control)
@@ -231,7 +238,8 @@ class DPOTrainer:
                 self._margins_checked = True
             vectors.append(sums)
             self.accelerator.backward(self.scaler.scale(result.losses.sum() / total))
-            if index + 1 < len(batches):
+            if self._substeps <= index < len(batches) - 1:  # done again in smaller parts, none is told of twice
+                self._substeps += 1
                 self.control = self.callback_handler.on_substep_end(args, self.state, self.control)
         self.scaler.unscale_(self.optimizer)
         if args.max_grad_norm:
@@ -343,8 +351,9 @@ class DPOTrainer:
         if not tables:
             raise ValueError("there is nothing to evaluate on: give eval_dataset to the trainer or to evaluate()")
         metrics: dict[str, float] = {}
-        for name, table in tables.items():
-            metrics |= self._evaluate_table(name, table)
+        with self._fused_blocks():
+            for name, table in tables.items():
+                metrics |= self._evaluate_table(name, table)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._note_best(metrics)
@@ -360,16 +369,25 @@ class DPOTrainer:
         self.policy.eval()
         handler: Any = self.callback_handler
         handler.eval_dataloader = loader
-        with torch.no_grad():
-            for batches in loader:
-                count += 1
-                for _, summed in step([batch.to(self.args.device, non_blocking=True) for batch in batches]):
-                    sums.add(summed)
-                pairs += sum(batch.num_pairs for batch in batches)
-                self.control = handler.on_prediction_step(self.args, self.state, self.control)
+
+        def add(batches: Sequence[PreferenceBatch]) -> None:
+            nonlocal sums
+            window = copy.copy(sums)
+            for _, summed in step([batch.to(self.args.device, non_blocking=True) for batch in batches]):
+                window.add(summed)
+            sums = window  # counted once all of the batch is through
+
+        try:
+            with torch.no_grad():
+                for batches in loader:
+                    count += 1
+                    self._retry(add, batches, loader)
+                    pairs += sum(batch.num_pairs for batch in batches)
+                    self.control = handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            self.policy.train(training)
         if sums.sums is None:
             raise ValueError(f"the evaluation set {name} gave no row")
-        self.policy.train(training)
         metrics, _ = sums.read()
         seconds = time.time() - started
         metrics |= {"runtime": round(seconds, 4), "samples_per_second": round(pairs / seconds, 3)}
@@ -398,6 +416,7 @@ class DPOTrainer:
 
     def log(self, logs: dict[str, float]) -> None:
         """Adds a row to the history and hands it to the callbacks."""
+        self._retry.report()
         epoch = {} if self.state.epoch is None else {"epoch": self.state.epoch}
         row = {**logs, **epoch, "step": self.state.global_step}
         self.state.log_history.append(row)
@@ -415,6 +434,9 @@ class DPOTrainer:
     def remove_callback(self, callback: Any) -> None:
         self.callback_handler.remove_callback(callback)
 
+    def _fused_blocks(self) -> AbstractContextManager[object]:
+        return build.fused_blocks([self.policy, self.reference.policy], self.args)
+
     @contextmanager
     def _training_mode(self) -> Iterator[None]:
         """Dropout off and checkpointing on as the options say, and the model as it was on the way out."""
@@ -423,7 +445,7 @@ class DPOTrainer:
             if args.disable_dropout:
                 stack.enter_context(without_dropout(self.model))
             if args.gradient_checkpointing or checkpoints_already(self.model):
-                stack.enter_context(checkpointing(self.policy, args.gradient_checkpointing_kwargs))
+                stack.enter_context(checkpointing(self.policy, args.checkpoint_options))
             if args.torch_compile:
                 policies = {id(policy): policy for policy in (self.policy, self.reference.policy) if policy is not None}
                 options = args.torch_compile_backend, args.torch_compile_mode

@@ -33,15 +33,17 @@ class Verdict:
 # Topic -> options that work, ours before the inherited ones.
 _WORKS = {
     "model": "model_revision trust_remote_code dtype attn_implementation model_init_kwargs rope_scaling "
-    "disable_dropout",
+    "fused_kernels disable_dropout",
     "adapters": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora",
+    "quantised weights": "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
+    "quantization_config",
     "data": "dataset_train_split dataset_test_split max_length max_prompt_length max_completion_length truncation_mode "
     "dataset_num_proc remove_unused_columns",
     "preference loss": "loss_type loss_weights beta label_smoothing discopop_tau simpo_gamma cpo_alpha "
     "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free",
     "reference": "precompute_ref_log_probs precompute_ref_batch_size ref_log_probs",
-    "memory": "max_tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs "
-    "activation_checkpointing activation_checkpointing_kwargs torch_empty_cache_steps",
+    "memory": "memory max_tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs "
+    "activation_checkpointing activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
     "batches and duration": "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
     "train_sampling_strategy dataloader_drop_last dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor",
@@ -88,8 +90,6 @@ _NOT_YET = {
     "hub_private_repo hub_always_push hub_revision",
     ("compute_metrics", "read the metrics that every evaluation logs"): "eval_accumulation_steps batch_eval_metrics "
     "eval_do_concat_batches include_for_metrics include_inputs_for_metrics",
-    ("quantised loading", "train LoRA on the model as it is, with use_peft=True"): "load_in_4bit load_in_8bit "
-    "bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant",
     ("a choice of reference", "leave it at its default, or give ref_model"): "sync_ref_model ref_model_mixup_alpha "
     "ref_model_sync_steps model_adapter_name ref_adapter_name force_use_ref_model ref_model_init_kwargs",
     ("a router's auxiliary loss", "leave it at its default"): "router_aux_loss_coef",
@@ -97,7 +97,6 @@ _NOT_YET = {
     "fp16_full_eval",
     ("embedding noise", "leave it off"): "neftune_noise_alpha",
     ("finding the batch size", "set max_tokens_per_microbatch, which changes no result"): "auto_find_batch_size",
-    ("offloading activations", "set gradient_checkpointing=True"): "activation_offloading",
     ("sampling during evaluation", "generate in a TrainerCallback"): "generate_during_eval",
     ("encoder-decoder training", "give a decoder-only model"): "is_encoder_decoder max_target_length",
     ("choosing padding", "set the tokenizer's pad token"): "label_pad_token_id padding_value pad_token",
@@ -170,6 +169,8 @@ ENUMS = {
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "truncation_mode": ("keep_end", "keep_start"),
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
     "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),

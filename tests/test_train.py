@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from datasets import Dataset, DatasetDict
+from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
@@ -26,6 +27,7 @@ from fastdpo.model import Policy
 from fastdpo_kernels.pair_loss import PairLoss, PairwiseLoss, pair_loss, sequence_sums
 
 EVERY_LINEAR = LoraConfig(r=4, target_modules="all-linear")
+SAVE_FIGURE = Figure.savefig  # which `quick` replaces
 
 
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -46,7 +48,10 @@ def test_train_learns_the_preference_and_returns_model_metrics_and_history(model
     assert out.metrics["train_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def test_the_run_leaves_its_log_its_curves_and_a_model_that_transformers_loads(model, rows, tokenizer, quick) -> None:
+def test_the_run_leaves_its_log_its_curves_and_a_model_that_transformers_loads(
+    model, rows, tokenizer, quick, monkeypatch
+) -> None:
+    monkeypatch.setattr(Figure, "savefig", SAVE_FIGURE)
     out = fastdpo.train(model, rows, processing_class=tokenizer, **quick)
     directory = Path(quick["output_dir"])
     assert [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()] == out.history
@@ -434,6 +439,23 @@ def test_the_run_says_what_it_resolved_to(rows, tokenizer, quick, caplog) -> Non
         "linear_logps: torch",
     ):
         assert part in caplog.text, part
+
+
+def test_the_run_says_which_batches_an_attention_that_was_asked_for_governs(
+    rows, tokenizer, quick, tmp_path, caplog
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    where = {"eager": "attention of packed batches and generation", "sdpa": "attention of what is not packed, such as"}
+    for asked, words in where.items():
+        args = fastdpo.DPOConfig(**quick, attn_implementation=asked)
+        with caplog.at_level(logging.INFO, logger="fastdpo"):
+            fastdpo.DPOTrainer(str(tmp_path / "model"), args=args, train_dataset=rows, processing_class=tokenizer)
+        assert words in caplog.text and f"generation: {asked}, as asked for" in caplog.text
+        caplog.clear()
+    with pytest.raises(ValueError, match="'eagre' is none that transformers knows"):  # before rows are looked at
+        fastdpo.DPOTrainer(
+            str(tmp_path / "model"), args=fastdpo.DPOConfig(**quick, attn_implementation="eagre"), train_dataset=7
+        )
 
 
 @pytest.mark.parametrize(
