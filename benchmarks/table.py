@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks import kernel_table, parts, trace
-from benchmarks.device import CPU, CUDA, DEVICES, step_aim
+from benchmarks.device import CPU, CUDA, DEVICES, Device, step_aim
 from benchmarks.markdown import machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS
 from benchmarks.workload import PROFILES
@@ -198,7 +199,35 @@ def generated(folder: Path = RESULTS) -> str:
     if missing := [*unmeasured(folder), *(device.kernels.unmeasured for device in kernels)]:
         pieces.append("\n".join(["### Not yet measured\n", *(f"- {text}" for text in missing)]) + "\n")
     pieces += [kernel_table.predictions(device) for device in kernels if device.kernels.expected]
+    pieces += [drawn for device in DEVICES.values() if (drawn := waiting_aims(device, folder))]
     return "\n".join(pieces)
+
+
+def waiting_aims(device: Device, folder: Path) -> str:
+    """The aims of steps that no file says of whether they are met; "" where there is none."""
+
+    def missing(benchmark: str, model: str, profiles: Iterable[str]) -> list[str]:
+        return [name for name in profiles if not (folder / file_name(benchmark, device.name, model, name)).exists()]
+
+    rows = []
+    for aim in device.aims:
+        if waiting := missing("step", aim.model, aim.profiles):
+            rows.append([f"{aim.quantity}: {_setting(aim.model, waiting)}", str(aim)])
+    if device.parts_aim is not None:
+        for model in sorted({key[2] for key in PLANNED if key[:2] == ("parts", device.name)}):
+            if waiting := missing("parts", model, ["hh-rlhf"]):
+                rows.append([f"a step / the sum of its parts: {_setting(model, waiting)}", f"<= {device.parts_aim}"])
+    if device is CUDA and rows:
+        rows.append(["peak memory as planned / as measured, in 6 settings (`make gpu-tests`)", "0.9 to 1.1"])
+    if not rows:
+        return ""
+    gpu = next((f" on an {aim.gpu}" for aim in device.aims if aim.gpu), "")
+    return f"Aims of a step{gpu} that wait for their measurement.\n\n{table(['', 'aim'], rows)}\n"
+
+
+def _setting(model: str, profiles: Iterable[str]) -> str:
+    owners = ", ".join(f"{PROFILES[name].title}'s" for name in profiles)
+    return f"{MODELS[model].title}, pairs as long as {owners}"
 
 
 def unmeasured(folder: Path) -> list[str]:

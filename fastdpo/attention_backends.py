@@ -31,6 +31,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastdpo.batch import Segments
 
@@ -218,7 +219,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check_asked(asked: str | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises Refused where what was asked for cannot run here, whatever the model."""
+    """Raises Refused where what was asked for cannot run here, whatever the model, and where nobody knows it."""
+    known = ["eager", *(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "fastdpo" not in name)]
+    elsewhere = asked is None or asked.startswith("flash_") or "/" in asked  # a newer one, a kernel of the Hub
+    if not elsewhere and asked not in known:
+        usual = ", ".join(sorted(name for name in known if "|" not in name))
+        raise Refused(
+            f"attn_implementation={asked!r} is none that transformers knows: take one of {usual}, or leave it out"
+        )
     if asked == "flash_attention_2":
         choose(replace(device_facts(device, dtype), asked=asked))
     if asked == "flex_attention" and device.type == "cpu":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_origin, get_type_
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
+    from fastdpo_kernels.launch import Device
 
 # Names of TRL's scripts that are no options here: what to do instead.
 _REFUSED_INPUTS = {
@@ -30,6 +31,8 @@ _REFUSED_INPUTS = {
     "ignore_bias_buffers": "it works around a fault of several-process training with old models; leave it out",
     "env": "set environment variables in the shell",
 }
+
+_MOST_BYTES = 2**42  # 4 TiB: more than any card has, and less than bytes that are taken for GiB
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,14 +79,19 @@ def _run(command: Callable[..., int | None], inputs: argparse.Namespace, options
     except (ValueError, OSError, ImportError) as error:
         if inputs.traceback:
             raise
-        print(f"fastdpo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _told(error, str(error))
     except Exception as error:  # the outermost edge: an error of a library, which may not say what it is
         if inputs.traceback:
             raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"fastdpo: error: {text} (--traceback shows where)", file=sys.stderr)
-        return 1
+        return _told(error, f"{type(error).__name__}: {error} (--traceback shows where)")
+
+
+def _told(error: Exception, text: str) -> int:
+    """One line for the error, and one for each advice that was noted on it."""
+    print(f"fastdpo: error: {' '.join(text.split())}", file=sys.stderr)
+    for note in getattr(error, "__notes__", []):
+        print(" ".join(note.split()), file=sys.stderr)
+    return 1
 
 
 def _train(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -118,35 +126,65 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
     from fastdpo_kernels import launch
 
     show_messages()
-    here = torch.cuda.is_available()
-    if not here and inputs.gpu_memory is None:
-        raise ValueError("there is no GPU here to plan for: give --gpu_memory, such as --gpu_memory 24GiB.")
-    if not here and not {"bf16", "fp16"} & set(options):
-        options = {**options, "bf16": True}  # as on the card
-    config = DPOConfig(**options)
-    check_model(inputs.model, "model", config)
-    device = launch.device_of(torch.device("cuda")) if here else launch.EXAMPLES["RTX 4090"]
+    here = torch.cuda.is_available() and inputs.gpu is None
+    if not here and inputs.gpu is None and inputs.gpu_memory is None:
+        raise ValueError(
+            "there is no GPU here to plan for: give --gpu_memory, such as --gpu_memory 24GiB, or --gpu with a name out "
+            f"of {', '.join(launch.EXAMPLES)}."
+        )
+    name = inputs.gpu or "RTX 4090"
+    device = launch.device_of(torch.device("cuda")) if here else launch.EXAMPLES[name]
     device = dataclasses.replace(device, memory_bytes=inputs.gpu_memory or device.memory_bytes)
+    config = DPOConfig(**options) if here else _config_for(device, options)
+    check_model(inputs.model, "model", config)
     tables = []
+    if inputs.train_dataset is None and inputs.eval_dataset is not None:
+        raise ValueError("--eval_dataset alone does not say how long pairs are: give --train_dataset too.")
     if inputs.train_dataset is not None:
         folder = Path(inputs.model).parent if Path(inputs.model).is_file() else inputs.model
         if Path(folder).is_dir() and not any(Path(folder).glob("tokenizer*")):
             raise ValueError(f"{folder} has no tokenizer to count tokens with: leave --train_dataset out, or add one.")
         tokenizer = build.find_tokenizer(None, str(folder), config)
-        rows, _ = _datasets(inputs, config)
+        rows, held_out = _datasets(inputs, config)
         tables = [build.build_table(rows, tokenizer, config, "train", config.dataset_train_split)]
-    made = memory.plan_memory(
-        load_model_config(inputs.model, config),
-        config,
-        memory=device.memory_bytes,
-        device=device,
-        ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config),
-        lengths=memory.PairLengths.of_tables(tables, config),
-    )
+        tables += build.build_eval_tables(held_out, tokenizer, config).values()
+
+    def planned(packed: bool) -> memory.Plan:
+        return memory.plan_memory(
+            load_model_config(inputs.model, config),
+            config,
+            memory=device.memory_bytes,
+            device=device,
+            ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config),
+            lengths=memory.PairLengths.of_tables(tables, config, packed),
+        )
+
+    made = planned(packed=True)
+    if tables and not made.activations.packed:  # another pair may be the longest
+        made = planned(packed=False)
     if not here:
-        print(f"a card like an RTX 4090 with {device.memory_bytes / 2**30:.4g} GiB:")
+        print(f"a card like the {name}, with {device.memory_bytes / 2**30:.4g} GiB:")
     print("\n".join(made.lines()))
     return 0 if made.fits else 1
+
+
+def _config_for(device: "Device", options: dict[str, Any]) -> "DPOConfig":
+    """The config of a run on a card that is not here: bf16 where that has it, and what only a GPU takes is taken."""
+    from fastdpo.config import DPOConfig
+
+    options = dict(options)
+    of_gpu = [name for name in ("fp16", "activation_offloading") if options.get(name)]
+    if options.get("bf16") and "fp16" in of_gpu:
+        of_gpu.remove("fp16")  # refused, as anywhere
+    for name in of_gpu:
+        del options[name]
+    has_bf16 = isinstance(device.arch, str) or device.arch >= 80
+    options.setdefault("bf16", has_bf16 and "fp16" not in of_gpu)
+    config = DPOConfig(**options)
+    for name in of_gpu:
+        setattr(config, name, True)
+    config.gradient_checkpointing |= config.activation_offloading
+    return config
 
 
 def _reference(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
@@ -231,8 +269,9 @@ def training_parser(command: str = "train") -> _Parser:
     _add_inputs(inputs)
     if command == "plan":
         inputs.add_argument(
-            "--gpu_memory", type=_bytes, metavar="SIZE", help="memory of the card, as 24GiB (default: the GPU here)"
+            "--gpu_memory", type=_bytes, metavar="SIZE", help="memory of the card, as 24GiB (default: the GPU's)"
         )
+        inputs.add_argument("--gpu", type=_gpu, metavar="NAME", help="such as T4 or H200 (default: the GPU here)")
     if command == "reference":
         inputs.add_argument("--output", metavar="FILE", help="the file to write, or to add rows to")
     fields = {field.name: field for field in dataclasses.fields(DPOConfig)}
@@ -327,12 +366,30 @@ def _truth(text: str) -> bool | None:
 
 
 def _bytes(text: str) -> int:
-    """24GiB, 24GB or 24000MiB; a number alone is of GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GiB|GB|MiB|MB|)", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) <= 0:
+    """24GiB, 24G, 24GB, 24000MiB or 1TB; a number alone is of GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([TGM]?)(i?)(B?)", text.strip(), re.IGNORECASE)
+    if found is None or (found[3] or found[4]) and not (found[2] and found[4]):
         raise argparse.ArgumentTypeError(f"expected a size such as 24GiB, got {text!r}")
-    units = {"": 2**30, "gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-    return int(float(found[1]) * units[found[2].lower()])
+    power = {"m": 2, "": 3, "g": 3, "t": 4}[found[2].lower()]
+    size = float(found[1]) * (1000 if found[4] and not found[3] else 1024) ** power  # 24G is 24GiB, 24GB is not
+    if not 1 <= size <= _MOST_BYTES:
+        alone = "" if found[2] else "; a number alone is of GiB"
+        raise argparse.ArgumentTypeError(f"expected the memory of a card, such as 24GiB, got {text!r}{alone}")
+    return int(size)
+
+
+def _gpu(text: str) -> str:
+    """A card whose numbers are known, by its name in whatever case, with or without spaces."""
+    from fastdpo_kernels.launch import EXAMPLES
+
+    plain = {re.sub(r"[\s_-]", "", name).lower(): name for name in EXAMPLES}
+    name = plain.get(re.sub(r"[\s_-]", "", text).lower())
+    if name is None:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(EXAMPLES)}, got {text!r}: for another card give --gpu_memory and the one that "
+            "is most like it"
+        )
+    return name
 
 
 def _loose(text: str) -> Any:
@@ -368,7 +425,7 @@ def parse_training(parser: _Parser, argv: list[str]) -> tuple[argparse.Namespace
     )
     inputs = argparse.Namespace(**{name: options.pop(name) for name in names})
     needed = {"model", "output"} if "gpu_memory" in options else {"model", "train_dataset", "output"}
-    for name in {"output", "gpu_memory"} & set(options):
+    for name in {"output", "gpu_memory", "gpu"} & set(options):
         setattr(inputs, name, options.pop(name))
     for name, value in vars(inputs).items():
         if name in needed and value is None:

@@ -36,11 +36,16 @@ from fastdpo.identity import WRITTEN, identity_key, model_identity
 from fastdpo.layout import Layout
 from fastdpo.loader import token_budget
 from fastdpo.reference import Reference
+from fastdpo.retry import collect_memory, out_of_memory
 
 logger = logging.getLogger(__name__)
 
 CHECKED_ROWS = 4  # of what was read from disk
 AHEAD_TOKENS = 16384  # of a batch on a GPU: products of more rows are no faster (unmeasured)
+
+
+class Unreadable(ValueError):
+    """A file that holds no reference log-probs, or not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,9 @@ def _fill(
     reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig, identity: dict[str, str]
 ) -> None:
     path = Path(config.ref_log_probs).expanduser() if config.ref_log_probs else cache_path(identity)
-    known = load(path, identity) if path.exists() or not config.precompute_ref_log_probs else {}
+    known: dict[bytes, tuple[float, float]] = {}
+    if path.exists() or not config.precompute_ref_log_probs:
+        known = load(path, identity) if config.ref_log_probs else _load_own(path, identity)
     found = [row for row in rows if row.key in known]
     missing = [row for row in rows if row.key not in known]
     if missing and not config.precompute_ref_log_probs:
@@ -110,12 +117,39 @@ def _fill(
     try:
         for group in computed(reference, missing, layout, config):
             done += group
-    finally:  # an interrupted run goes on where it was
-        if done:
-            save(path, identity, reference.memory.recall([row.key for row in done]).cpu(), [row.key for row in done])
+    except BaseException as error:  # an interrupted run goes on where it was
+        try:
+            _keep(path, identity, reference, done)
+        except Exception as failure:  # whatever it is, what interrupted the run is what to tell
+            error.add_note(f"fastdpo: the {len(done)} rows computed by then could not be written: {failure}")
+        raise
+    _check_finite(_keep(path, identity, reference, done), len(rows), path)
     logger.info(
         "reference log-probs: %d rows read from %s, %d computed in %.1f s and written there",
         *(len(found), path, len(missing), time.time() - started),
+    )
+
+
+def _keep(path: Path, identity: Mapping[str, str], reference: Reference, rows: Sequence[Row]) -> list[Row]:
+    """Writes what was computed of the rows, as far as they are numbers; -> those that are not."""
+    if not rows:
+        return []
+    logps = reference.memory.recall([row.key for row in rows]).cpu()
+    finite = logps.isfinite().all(1)
+    if finite.any():
+        kept = [row.key for row, whole in zip(rows, finite.tolist(), strict=True) if whole]
+        save(path, identity, logps[finite], kept)
+    return [row for row, whole in zip(rows, finite.tolist(), strict=True) if not whole]
+
+
+def _check_finite(broken: Sequence[Row], count: int, path: Path) -> None:
+    if not broken:
+        return
+    named = [f"row {row.index} of the {row.name} dataset" for row in sorted(broken, key=lambda row: row.index)[:8]]
+    more = f" and {len(broken) - len(named)} more" if len(broken) > len(named) else ""
+    raise ValueError(
+        f"{len(broken)} of {count} rows have reference log-probs that are not finite: {', '.join(named)}{more}; are "
+        f"the reference's weights whole, and does its dtype hold its numbers? The other rows are kept in {path}"
     )
 
 
@@ -165,18 +199,28 @@ def computed(reference: Reference, rows: Sequence[Row], layout: Layout, config: 
     with tqdm(total=len(rows), desc="Reference", unit="pair", disable=hidden, dynamic_ncols=True) as bar:
         while start < len(rows):
             group = rows[start : start + (size or max(1, budget // rows[start].tokens))]
-            try:
-                reference.memory.store([row.key for row in group], _run(reference, group, layout, config))
-            except torch.OutOfMemoryError as error:
-                if size or len(group) == 1:
-                    error.add_note("fastdpo: the reference runs ahead: lower precompute_ref_batch_size or max_length")
-                    raise
+            if not _fits(reference, group, layout, config):
+                collect_memory()
                 budget = sum(row.tokens for row in group) // 2
                 logger.warning("reference: out of GPU memory, from here on at most %d tokens a batch", budget)
                 continue
             start += len(group)
             bar.update(len(group))
             yield group
+
+
+def _fits(reference: Reference, group: Sequence[Row], layout: Layout, config: DPOConfig) -> bool:
+    """False where memory ran out, and fewer rows may do; by then the error has let go of what was computed."""
+    try:
+        reference.memory.store([row.key for row in group], _run(reference, group, layout, config))
+        return True
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        if config.precompute_ref_batch_size or len(group) == 1:
+            error.add_note("fastdpo: the reference runs ahead: lower precompute_ref_batch_size or max_length")
+            raise
+    return False
 
 
 def ahead_budget(config: DPOConfig) -> int:
@@ -244,14 +288,19 @@ def load(path: Path, identity: Mapping[str, str]) -> dict[bytes, tuple[float, fl
             f"ref_log_probs={str(path)!r} does not exist: make it with `fastdpo reference --output {path}`, or set "
             "precompute_ref_log_probs=True to write it"
         )
+    about = _about(path)
+    if not {"identity", "checksum"} <= set(about):  # whatever it is, it is not ours to delete
+        raise Unreadable(
+            f"{path} is no file of reference log-probs ({_kind(path)}): give one made by `fastdpo reference`, or "
+            "another --output"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
             keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as reference log-probs ({error}): delete it") from error
-    if about.get("checksum") != _checksum(keys, logps):
-        raise ValueError(f"{path} holds other bytes than were written: delete it, and it is made anew")
+        raise Unreadable(f"{path} cannot be read as reference log-probs ({error}): delete it") from error
+    if about["checksum"] != _checksum(keys, logps):
+        raise Unreadable(f"{path} holds other bytes than were written: delete it, and it is made anew")
     theirs = json.loads(about["identity"])
     # a copy of the weights has another time of writing: where the user names the file, the content decides
     if different := [part for part in identity if part != WRITTEN and theirs.get(part) != identity[part]]:
@@ -262,6 +311,40 @@ def load(path: Path, identity: Mapping[str, str]) -> dict[bytes, tuple[float, fl
         )
     names = keys.numpy().tobytes()
     return {names[16 * row : 16 * row + 16]: tuple(values) for row, values in enumerate(logps.tolist())}
+
+
+def _load_own(path: Path, identity: Mapping[str, str]) -> dict[bytes, tuple[float, float]]:
+    """Of a file of the cache, which is ours: one that is broken is put aside and made anew."""
+    try:
+        return load(path, identity)
+    except Unreadable:
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        logger.warning("reference log-probs: %s is damaged: put aside as %s, and made anew", path, aside.name)
+        return {}
+
+
+def _about(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, even of one that was cut; {} of anything else."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            about = json.loads(file.read(min(size, 2**20)))["__metadata__"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _kind(path: Path) -> str:
+    """What there is in place of reference log-probs, in words."""
+    if path.is_dir():
+        return "it is a directory"
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        return f"it is no safetensors file: {error}"
+    return f"it has tensors of other names, such as {', '.join(names[:3])}" if names else "it has no tensors"
 
 
 def save(path: Path, identity: Mapping[str, str], logps: Tensor, keys: Sequence[bytes]) -> None:

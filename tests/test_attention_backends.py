@@ -18,6 +18,7 @@ import torch
 from dense_attention import dense_attention, projections, segments_of, visible
 from tiny_models import RAGGED, gradient_error, gradients, random_pairs, tiny_model
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from fastdpo import attention, attention_backends
 from fastdpo.attention import backend_report, prefix_attention
@@ -107,6 +108,18 @@ def test_asking_for_the_package_on_a_cpu_is_refused_before_a_model_loads() -> No
         check_asked("flash_attention_2", torch.device("cpu"), torch.bfloat16)
     with pytest.raises(ValueError, match="flex_attention' has no gradient on a CPU"):
         check_asked("flex_attention", torch.device("cpu"), torch.bfloat16)
+
+
+def test_an_attention_that_nobody_knows_is_refused_before_a_model_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slip was found by transformers, in words of its own, after the dataset had been tokenized."""
+    with pytest.raises(
+        ValueError, match="'spda' is none that transformers knows: take one of eager, flash_attention_2"
+    ):
+        check_asked("spda", torch.device("cpu"), torch.bfloat16)
+    check_asked("kernels-community/flash-attn3", torch.device("cpu"), torch.bfloat16)
+    check_asked("flash_attention_5", torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "theirs", lambda: None)
+    check_asked("theirs", torch.device("cpu"), torch.bfloat16)
 
 
 def test_a_report_has_a_row_for_each_kind_of_layer() -> None:

@@ -6,6 +6,7 @@ import re
 import types
 
 import pytest
+from transformers import BloomConfig
 
 import fastdpo
 from fastdpo import cli
@@ -192,7 +193,6 @@ def test_a_dataset_with_splits_serves_for_evaluation_and_a_file_does_not(trained
         (["--beta", "0"], "fastdpo: error: beta must be above 0, got 0.0."),
         (["--loss_type", "hnge"], "fastdpo: error: unknown loss 'hnge', there are sigmoid, "),
         (["--sync_ref_model"], "fastdpo: error: sync_ref_model=True is not available yet"),
-        (["--load_in_4bit"], "fastdpo: error: load_in_4bit=True is not available yet"),
         (["--past_index", "2"], "fastdpo: error: past_index=2 is not supported"),
         (["--do_predict"], "fastdpo: error: do_predict has no meaning here"),
         (["--do_eval"], "fastdpo: error: do_eval needs a time to evaluate"),
@@ -270,15 +270,125 @@ def test_a_plan_needs_a_size_where_there_is_no_gpu(config_of_8b, capsys, monkeyp
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["plan", "--model", config_of_8b]) == 1
-    assert "give --gpu_memory" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "give --gpu_memory" in error and "--gpu with a name out of T4, A100, " in error
 
 
-@pytest.mark.parametrize("text, size", [("8", 8 * 2**30), ("0.5GiB", 2**29), ("8 GB", 8 * 10**9), ("512mib", 2**29)])
-def test_a_size_has_a_unit_or_is_of_gibibytes(text, size):
-    assert cli._bytes(text) == size
+SIZES = {
+    **{"8": 8 * 2**30, "0.5GiB": 2**29, "8 GB": 8 * 10**9, "512mib": 2**29, "8g": 8 * 2**30, "8gib": 8 * 2**30},
+    **{"1TB": 10**12, "1T": 2**40, "1tib": 2**40, "512M": 2**29, "4096": 2**42},
+}
 
 
-def test_a_size_that_is_none_is_refused(capsys):
+@pytest.mark.parametrize("text", SIZES)
+def test_a_size_has_a_unit_or_is_of_gibibytes(text):
+    assert cli._bytes(text) == SIZES[text]
+
+
+@pytest.mark.parametrize("text", ["much", "0", "-8GiB", "8B", "8iB", "8KB", "0.0000001MB", "9" * 400, "5TiB"])
+def test_a_size_that_is_none_is_refused(text, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["plan", "--model", "tiny", "--gpu-memory", "much"])
+        cli.main(["plan", "--model", "tiny", f"--gpu-memory={text}"])
     assert caught.value.code == 2 and "24GiB" in capsys.readouterr().err
+
+
+def test_bytes_are_not_taken_for_gibibytes(capsys):
+    """8589934592 once planned for a card of 8 exbibytes, where everything fits."""
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--model", "tiny", "--gpu-memory", "8589934592"])
+    assert "got '8589934592'; a number alone is of GiB" in capsys.readouterr().err
+
+
+def planned_for(capsys, *words: str) -> str:
+    assert cli.main(["plan", "--report_to", "none", *words]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def no_gpu(monkeypatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+
+
+@pytest.fixture
+def small_model(tmp_path, tokenizer) -> str:
+    from conftest import tiny_llama
+
+    tiny_llama().config.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "words, head, products",
+    [
+        (["--gpu", "t4"], "a card like the T4, with 16 GiB", "float32"),
+        (["--gpu", "T4", "--fp16"], "a card like the T4, with 16 GiB", "float16"),
+        (["--gpu=rtx-3090", "--gpu-memory", "20G"], "a card like the RTX 3090, with 20 GiB", "bfloat16"),
+        (["--gpu", "MI300X"], "a card like the MI300X, with 192 GiB", "bfloat16"),
+        (["--gpu-memory", "24GiB", "--fp16"], "a card like the RTX 4090, with 24 GiB", "float16"),
+        (["--gpu", "H200", "--no_bf16"], "a card like the H200, with 141 GiB", "float32"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_plan_is_for_a_card_that_is_not_here(words, head, products, small_model, no_gpu, capsys):
+    printed = planned_for(capsys, "--model", small_model, *words)
+    assert head in printed and f"products in {products}," in printed
+
+
+def test_a_card_or_precision_that_there_is_none_of_is_refused(small_model, no_gpu, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--model", small_model, "--gpu", "H100X"])
+    assert "expected one of T4, A100, " in capsys.readouterr().err
+    assert cli.main(["plan", "--model", small_model, "--gpu", "T4", "--fp16", "--bf16"]) == 1
+
+
+def test_a_plan_sees_the_pairs_of_an_evaluation(small_model, no_gpu, tmp_path, rows, capsys):
+    """A run's micro-batches take them too, and a plan that left them out said that pairs fit which did not."""
+    longer = [{**row, "chosen": row["chosen"] + " thank you" * 50} for row in rows[:3]]
+    files = {"train": rows, "eval": longer}
+    for name, part in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    base = ["--model", small_model, "--gpu", "T4"]
+    train = ["--train_dataset", str(tmp_path / "train.jsonl")]
+    longest = [
+        int(re.search(r"the longest has (\d+)", planned_for(capsys, *base, *train, *more))[1])  # type: ignore[index]
+        for more in ([], ["--eval_dataset", str(tmp_path / "eval.jsonl")])
+    ]
+    assert longest[1] > longest[0] + 50
+    assert cli.main(["plan", *base, "--eval_dataset", str(tmp_path / "eval.jsonl")]) == 1
+    assert "give --train_dataset too" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_padded_model_takes_the_pair_that_is_longest_padded(small_model, no_gpu, tmp_path, capsys):
+    """Two answers of 60 cost 120 packed; beside an answer of 1, one of 100 costs 101 packed and 200 padded."""
+    lengths = [(60, 60), (100, 1)]
+    rows = [{"prompt_ids": [5], "chosen_ids": [6] * one, "rejected_ids": [7] * other} for one, other in lengths]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--model", small_model, "--gpu", "T4", "--train_dataset", str(tmp_path / "rows.jsonl")]
+    assert "(the longest has 121)" in planned_for(capsys, *words)
+    BloomConfig(vocab_size=500, hidden_size=32, n_layer=2, n_head=4).save_pretrained(small_model)
+    printed = planned_for(capsys, *words)
+    assert "padded batches" in printed and "(the longest has 202)" in printed
+
+
+# ---- errors
+
+
+def test_advice_that_was_noted_on_an_error_is_printed(monkeypatch, tmp_path, capsys):
+    """An error of a full GPU carries what to change, which a command line never showed."""
+    import torch
+
+    def train(*_, **__):
+        error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        error.add_note("fastdpo: set gradient_checkpointing=True\nor lower max_length")
+        raise error
+
+    monkeypatch.setattr(fastdpo, "train", train)
+    assert cli.main(["train", *BASE, "--output_dir", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "fastdpo: error: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB (--traceback shows where)",
+        "fastdpo: set gradient_checkpointing=True or lower max_length",
+    ]

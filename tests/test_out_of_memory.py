@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 
 import fastdpo
 from fastdpo.batch import PreferenceBatch
@@ -265,3 +266,144 @@ def test_allocated_states_are_those_that_the_first_update_makes(options: dict[st
         for name, value in ours.state[parameter].items():
             assert value.dtype == state[name].dtype and value.device == state[name].device
             assert value.shape == state[name].shape and not value.any()
+
+
+# ---- evaluation
+
+
+class Evaluations:
+    """Lets memory run out at an operation of some of the batches that are evaluated; notes tokens of micro-batches."""
+
+    def __init__(self, trainer: fastdpo.DPOTrainer, failing: dict[int, int] | None = None) -> None:
+        self.retry, self.failing, self.counts, self.sizes = trainer._retry, failing or {}, [], []
+        trainer._retry = self  # type: ignore[assignment]
+
+    def __call__(self, step: Callable[[Any], None], batches: Any, loader: Any, *undo: Any) -> None:
+        def watched(batches: Any) -> None:
+            self.sizes.append([batch.input_ids.numel() for batch in batches])
+            with Operations(self.failing.get(len(self.counts))) as operations:
+                self.counts.append(0)
+                try:
+                    step(batches)
+                finally:
+                    self.counts[-1] = operations.count
+
+        self.retry(watched, batches, loader, *undo)
+
+    def report(self) -> None:
+        self.retry.report()
+
+
+def evaluated(trainer: fastdpo.DPOTrainer, rows: list) -> dict[str, float]:
+    metrics = trainer.evaluate(rows)
+    return {name: value for name, value in metrics.items() if "runtime" not in name and "per_second" not in name}
+
+
+@pytest.mark.parametrize("where", [0.0, 0.4, 0.8, 1.0])
+@pytest.mark.parametrize("loss", ["sigmoid", "bco_pair", "aot"])
+def test_memory_that_runs_out_in_an_evaluation_changes_no_metric(
+    where: float, loss: str, rows: list, tokenizer: Any, quick: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick |= {"loss_type": loss, "per_device_eval_batch_size": 8}
+    usual, halved = trainer_of(rows, tokenizer, quick), trainer_of(rows, tokenizer, quick)
+    seen = Evaluations(usual)
+    expected = evaluated(usual, rows)
+    assert len(seen.counts) == 3
+    at = 1 + round(where * (seen.counts[1] - 1))
+    failing = Evaluations(halved, {1: at})
+    with caplog.at_level(logging.WARNING, "fastdpo"):
+        assert evaluated(halved, rows) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert failing.counts[1] == at and len(failing.counts) == 4 and halved.policy.training
+    assert max(map(max, failing.sizes[2:])) <= max(failing.sizes[1]) / 2
+    assert sum("out of GPU memory" in record.message for record in caplog.records) == 1
+
+
+def test_what_training_learned_of_memory_holds_for_evaluation_and_is_said_once(
+    rows: list, tokenizer: Any, quick: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_of(rows, tokenizer, quick | {"logging_steps": 3})
+    with caplog.at_level(logging.WARNING, "fastdpo"):
+        train(trainer, lambda attempt: Operations(failing=50 if attempt < 2 else None))
+        seen = Evaluations(trainer)
+        trainer.evaluate(rows)
+        trainer.evaluate(rows)
+    budget = trainer._retry.retry.budget  # type: ignore[attr-defined]
+    assert budget < 500 and max(size for sizes in seen.sizes for size in sizes) <= max(budget, 58)
+    messages = [record.message for record in caplog.records]
+    assert sum("out of GPU memory" in message for message in messages) == 1
+    later = [message for message in messages if "memory ran out again" in message]
+    assert len(later) == 1 and f"at most {budget} tokens; max_tokens_per_microbatch={budget} starts so" in later[0]
+
+
+def test_a_pair_that_cannot_be_evaluated_alone_is_told_what_helps_without_gradients(
+    rows: list, tokenizer: Any, quick: dict
+) -> None:
+    trainer = trainer_of(rows, tokenizer, quick | {"max_tokens_per_microbatch": 1})
+    Evaluations(trainer, {0: 5})
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        trainer.evaluate(rows)
+    (note,) = raised.value.__notes__
+    assert "lower max_length" in note and "gradient_checkpointing" not in note and trainer.policy.training
+
+
+# ---- callbacks and words
+
+
+def test_no_substep_is_told_of_twice_when_a_step_is_done_again(rows: list, tokenizer: Any, quick: dict) -> None:
+    """A callback that counts or stops would take the attempts that failed for more micro-batches."""
+
+    class Counts(TrainerCallback):
+        ends = 0
+
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.ends += 1
+
+    trainer, sizes = trainer_of(rows, tokenizer, quick | {"max_tokens_per_microbatch": 200}), []
+    trainer.add_callback(counts := Counts())
+    backward, fail = trainer.accelerator.backward, []
+
+    def start() -> None:
+        def failing(loss: Any) -> None:
+            fail.append(loss)
+            if len(fail) == 2:  # after the first substep
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            backward(loss)
+
+        trainer.accelerator.backward = failing  # type: ignore[method-assign]
+
+    trainer._start_engine = start  # type: ignore[method-assign]
+    step = trainer._backward
+    trainer._backward = lambda batches: sizes.append(len(batches)) or step(batches)  # type: ignore[method-assign]
+    trainer.train()
+    assert len(sizes) == 4 and sizes[1] > sizes[0] == 2
+    assert counts.ends == sum(sizes[1:]) - 3
+
+
+def test_the_warning_names_dropout_as_what_smaller_micro_batches_change(
+    rows: list, tokenizer: Any, quick: dict, caplog: pytest.LogCaptureFixture
+) -> None:
+    for dropout in (False, True):
+        trainer = trainer_of(rows, tokenizer, quick | {"disable_dropout": not dropout})
+        with caplog.at_level(logging.WARNING, "fastdpo"):
+            train(trainer, lambda attempt: Operations(failing=50 if attempt == 0 else None))
+        assert any("draw other masks" in record.message for record in caplog.records) == dropout
+
+
+@pytest.mark.parametrize("words", ["CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "other"])
+def test_an_update_that_does_not_fit_says_what_to_change_in_whatever_words_it_comes(
+    words: str, rows: list, tokenizer: Any, quick: dict
+) -> None:
+    trainer = trainer_of(rows, tokenizer, quick)
+
+    class Full(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            trainer.optimizer.step = failing
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(words)
+
+    trainer.add_callback(Full())
+    with pytest.raises(RuntimeError, match=words) as raised:
+        trainer.train()
+    notes = getattr(raised.value, "__notes__", [])
+    assert [note for note in notes if "adamw_8bit" in note] == notes and bool(notes) == (words != "other")

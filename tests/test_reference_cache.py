@@ -237,23 +237,64 @@ def _identity(path: Path) -> dict[str, str]:
         return json.loads(file.metadata()["identity"])
 
 
-@pytest.mark.parametrize(
-    ("harm", "message"),
-    [
-        (lambda path: path.write_bytes(b"something else"), "cannot be read as reference log-probs .*delete it"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "cannot be read as reference log-probs .*delete it"),
-        (
-            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01"),
-            "holds other bytes than were written: delete it",
-        ),
-    ],
-    ids=["foreign", "short", "flipped"],
-)
-def test_a_broken_file_is_named_and_never_used(harm, message, rows, tokenizer, quick, cache) -> None:
+HARM = {
+    "foreign": lambda path: path.write_bytes(b"something else"),
+    "empty": lambda path: path.write_bytes(b""),
+    "short": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "flipped": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_broken_file_of_the_cache_is_put_aside_and_made_anew(
+    harm, rows, tokenizer, quick, cache, computed, caplog
+) -> None:
     trainer(rows, tokenizer, quick, **AHEAD)
-    harm(file_of(cache))
-    with pytest.raises(ValueError, match=f"{file_of(cache)} {message}"):
+    path = file_of(cache)
+    whole = load(path, identity := _identity(path))
+    HARM[harm](path)
+    broken = path.read_bytes()
+    computed.clear()
+    with caplog.at_level(logging.WARNING, "fastdpo"):
         trainer(rows, tokenizer, quick, **AHEAD)
+    assert pairs_in(computed) == 24 and load(path, identity) == whole
+    assert path.with_name(path.name + ".damaged").read_bytes() == broken
+    assert f"{path} is damaged: put aside as {path.name}.damaged" in caplog.text
+
+
+@pytest.mark.parametrize("harm", ["short", "flipped"])
+def test_a_broken_file_that_the_user_names_is_never_used(harm, rows, tokenizer, quick, tmp_path) -> None:
+    file = {"ref_log_probs": str(tmp_path / "ref.safetensors")}
+    trainer(rows, tokenizer, quick, **file, **AHEAD)
+    HARM[harm](tmp_path / "ref.safetensors")
+    for options in (file, file | AHEAD):
+        with pytest.raises(ValueError, match=r"ref\.safetensors (cannot be read|holds other bytes).*: delete it"):
+            trainer(rows, tokenizer, quick, **options)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "weights", "directory", "empty", "header of another"])
+def test_a_file_of_the_user_s_is_not_said_to_be_one_to_delete(kind, rows, tokenizer, quick, tmp_path, computed) -> None:
+    """A slip in --output or ref_log_probs once had the user delete a dataset or a model."""
+    path = tmp_path / "model/model.safetensors"
+    tiny_llama().save_pretrained(tmp_path / "model")
+    found = {
+        "dataset": "it is no safetensors file",
+        "weights": "it has tensors of other names, such as ",
+        "directory": "it is a directory",
+        "empty": "it is no safetensors file",
+        "header of another": "it is no safetensors file",
+    }[kind]
+    if kind == "directory":
+        path = tmp_path / "model"
+    elif kind != "weights":
+        text = {"dataset": json.dumps(rows), "empty": "", "header of another": "\x02" + 7 * "\x00" + "[]"}[kind]
+        (path := tmp_path / "pairs.jsonl").write_text(text)
+    for options in ({}, AHEAD):
+        with pytest.raises(ValueError) as raised:
+            trainer(rows, tokenizer, quick, ref_log_probs=str(path), **options)
+        assert f"{path} is no file of reference log-probs ({found}" in str(raised.value)
+        assert "give one made by `fastdpo reference`, or another --output" in str(raised.value)
+        assert "delete" not in str(raised.value) and not computed
 
 
 def test_a_file_of_another_reference_or_without_all_rows_is_refused(rows, tokenizer, quick, tmp_path, computed) -> None:
@@ -315,6 +356,81 @@ def test_an_interrupted_computation_goes_on_where_it_was(rows, tokenizer, quick,
     computed.clear()
     trainer(rows, tokenizer, quick, **AHEAD)
     assert pairs_in(computed) == 2 * CHECKED_ROWS + 12
+
+
+def broken_reference(patch: pytest.MonkeyPatch, computed: list[PreferenceBatch], at: int = 1) -> None:
+    """Its second batch has a row that is no number, where that is the first one."""
+    counting = Reference.compute
+
+    def compute(self: Reference, batch: PreferenceBatch) -> torch.Tensor:
+        logps = counting(self, batch)
+        logps[0] = torch.tensor([-1.0, math.nan]) if len(computed) == at + 1 else logps[0]
+        return logps
+
+    patch.setattr(Reference, "compute", compute)
+
+
+def test_rows_without_a_number_are_named_and_the_others_kept(rows, tokenizer, quick, computed, monkeypatch) -> None:
+    """One of them once lost what hours had computed."""
+    with monkeypatch.context() as patch:
+        broken_reference(patch, computed)
+        with pytest.raises(ValueError, match=r"1 of 24 rows .* not finite: row \d+ of the train dataset; are the"):
+            trainer(rows, tokenizer, quick, precompute_ref_batch_size=4, **AHEAD)
+    assert pairs_in(computed) == 24
+    computed.clear()
+    trainer(rows, tokenizer, quick, **AHEAD)
+    assert pairs_in(computed) == 2 * CHECKED_ROWS + 1
+
+
+def test_what_interrupts_a_computation_is_not_hidden_by_what_follows(
+    rows, tokenizer, quick, cache, computed, monkeypatch
+) -> None:
+    """A row without a number, and then a disk that is full."""
+    broken_reference(monkeypatch, computed)
+    counting = Reference.compute
+
+    def stop(self: Reference, batch: PreferenceBatch) -> torch.Tensor:
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return counting(self, batch)
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Reference, "compute", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(rows, tokenizer, quick, precompute_ref_batch_size=4, **AHEAD)
+    path = file_of(cache)
+    assert len(load(path, _identity(path))) == 11
+    computed.clear()
+    path.unlink()
+    monkeypatch.setattr("fastdpo.reference_cache.save", full)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        trainer(rows, tokenizer, quick, precompute_ref_batch_size=4, **AHEAD)
+    assert raised.value.__notes__ == [
+        "fastdpo: the 12 rows computed by then could not be written: No space left on device"
+    ]
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory.", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"])
+def test_a_precompute_without_memory_halves_its_batches_in_whatever_words_it_comes(
+    words, rows, tokenizer, quick, computed, monkeypatch
+) -> None:
+    counting, freed = Reference.compute, []
+
+    def full(self: Reference, batch: PreferenceBatch) -> torch.Tensor:
+        if batch.num_pairs > 3:
+            raise RuntimeError(words)
+        return counting(self, batch)
+
+    monkeypatch.setattr(Reference, "compute", full)
+    monkeypatch.setattr("fastdpo.reference_cache.collect_memory", lambda: freed.append(gc.collect()))
+    trainer(rows, tokenizer, quick, max_tokens_per_microbatch=500, **AHEAD)
+    assert freed and pairs_in(computed) == 24
+    (cached := Path(os.environ["FASTDPO_CACHE"])).rename(cached.with_name("other"))
+    with pytest.raises(RuntimeError, match=words) as raised:
+        trainer(rows, tokenizer, quick, precompute_ref_batch_size=8, **AHEAD)
+    assert "lower precompute_ref_batch_size" in raised.value.__notes__[0]
 
 
 def test_log_probs_that_are_no_numbers_are_not_kept(tmp_path) -> None:
