@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from accuracy import assert_errs_at_most_twice
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fastdpo_kernels import nf4
+from fastdpo_kernels import launch, nf4
 from fastdpo_kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for macOS")
@@ -556,3 +557,42 @@ def test_what_does_not_fit_is_refused_with_what_came_and_what_was_expected() -> 
         lora_mlp(x, mlp["gate"], projection(D, D, 0), mlp["down"], "silu")
     with pytest.raises(ValueError, match="activation='relu'"):
         lora_mlp(x, **mlp, activation="relu")
+
+
+# Many rows
+
+
+@pytest.mark.parametrize("rows", [1, 5, 10, 11, 23])
+def test_a_mlp_of_many_rows_goes_in_parts_with_the_same_numbers(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for most in (rows, 5):
+        monkeypatch.setattr(launch, "MLP_ROWS", most)
+        projections = made("mlp", base="4-bit", bias=True)
+        x = random(rows, D, seed=1).requires_grad_()
+        y = lora_mlp(x, **projections, activation="silu")
+        y.backward(random(rows, D, seed=2))
+        adapters = [one.adapter for one in projections.values() if one.adapter]
+        found.append([y, x.grad, *(factor.grad for one in adapters for factor in (one.a, one.b))])
+    for whole, in_parts in zip(*found, strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_the_widest_temporaries_of_a_mlp_do_not_grow_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside gate and up, which are kept, whatever is as wide as a MLP is there for MLP_ROWS rows."""
+    monkeypatch.setattr(launch, "MLP_ROWS", 64)
+    rows, width = 512, 2048
+    projections = {name: projection(width, D, seed=1) for name in ("gate", "up")} | {"down": projection(D, width, 2)}
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    x = random(rows, D, seed=3).requires_grad_()
+    with Largest():
+        lora_mlp(x, **projections, activation="silu").sum().backward()
+    assert largest <= 64 * width

@@ -111,11 +111,13 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], results: tuple[Tensor | Non
     width = inputs[0].numel() if whole else inputs[0].shape[-1]
     rows = [_rows(tensor, width) for tensor in inputs]
     rows += [None if result is None else result.view(-1, width) for result in results]
-    config = launch.glu_config(width)
+    aligned = all(row is None or row.stride(0) % 16 == 0 for row in rows) and width % 16 == 0
+    config = launch.glu_config(width, max(tensor.element_size() for tensor in inputs), aligned)
     blocks = triton.cdiv(width, config.block)
     kernel[(inputs[0].numel() // width * blocks,)](
         *rows, width, blocks, *(0 if row is None else row.stride(0) for row in rows),
         ACTIVATION=activation, BLOCK=config.block, num_warps=config.num_warps, enable_fp_fusion=False,
+        **launch.every_register(config.num_warps, launch.device_of(inputs[0].device)),
     )  # fmt: skip
 
 

@@ -442,16 +442,24 @@ def fused_slab(
 # ---- the parts of a block between its products
 
 
-def glu_config(width: int) -> RowConfig:
-    """act(gate) * up and its gradients: 16 elements a thread, two loads of 16 bytes of each tensor in bf16.
+def glu_config(width: int, itemsize: int, aligned: bool) -> RowConfig:
+    """act(gate) * up and its gradients: two loads of 16 bytes of each tensor a thread; half as many elements where rows
+    are not `aligned` to 16 elements, each of which then has an address and a load of its own (with as many, 24 to 32
+    bytes spill on sm_90 and sm_100, whatever the registers).
 
     Bytes count, nothing else: 6 an element of bf16 forward, 10 backward (12 with h), 18 in fp32 at most. An H200 needs
     about 26 KB on the way a multiprocessor (see row_config); 128 threads have 8 KB of gate and up, so four programs do,
     and the registers leave room for eight. Half the block would be twice the programs, 115 thousand of N=8192 and
     I=14336, for the same bytes (unmeasured).
     """
-    block = min(2048, max(128, 1 << (width - 1).bit_length()))
-    return RowConfig(block, num_warps=max(1, block // 512))
+    block = min(4096 // itemsize, max(128, 1 << (width - 1).bit_length()))
+    return RowConfig(block, num_warps=max(1, block * itemsize // (1024 if aligned else 512)))
+
+
+# Rows of a gated MLP that are computed together. At I=14336 in bf16 three temporaries of the backward are 0.7 GB for
+# 8192 rows, and would be 6.9 GB for a pair of 80000 tokens, more than the rest of a block keeps. A 4-bit weight is
+# dequantised anew for each part: 6 times 34 us on an H200 beside 11 ms of products, 1.9% (unmeasured).
+MLP_ROWS = 8192
 
 
 def nf4_config() -> RowConfig:
@@ -506,9 +514,12 @@ def norm_programs(rows: int, width: int, device: Device) -> int:
     return min(math.ceil(rows / config.rows), device.multiprocessors * resident)
 
 
-# A thread's at most. Left to itself ptxas stops at 56 on sm_100 and spills 16 bytes of interleaved pairs whose cos and
-# sin are fp32 (Triton 3.6 and 3.9); with 72 others spill 8 on sm_120 (unmeasured).
-ROPE_REGISTERS = 80
+def every_register(num_warps: int, device: Device) -> dict[str, int]:
+    """The launch option that gives a program all registers that it may have. Left to itself ptxas makes room for more
+    programs than come, and spills for that: 16 bytes of interleaved pairs on sm_100 (at 56 registers), 8 of rows of
+    16384 fp32 elements there, 16 of unaligned fp32 rows under gelu on sm_90 and sm_100 (unmeasured; Triton 3.6, 3.9).
+    """
+    return {"maxnreg": min(255, 65536 // (32 * num_warps) // 8 * 8)} if device.kind == "cuda" else {}  # not AMD's
 
 
 def rope_config(pairs: int, heads: int) -> NormConfig:
@@ -516,7 +527,7 @@ def rope_config(pairs: int, heads: int) -> NormConfig:
     of each pair, one for the second.
 
     Bytes count: 4 an element of bf16, 20 KB a token of 32 + 8 heads of 128, beside 512 bytes of cos and sin. 128
-    threads have 16 such heads, 4 KB, on the way; 50 to 80 registers leave room for six to ten programs, 24 to 40 KB,
+    threads have 16 such heads, 4 KB, on the way; 50 to 93 registers leave room for five to ten programs, 20 to 40 KB,
     where an H200 needs 26 (see row_config). Several programs a token would each read its cos and sin (unmeasured).
     """
     block = max(1, 1 << (pairs - 1).bit_length())

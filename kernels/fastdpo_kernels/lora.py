@@ -8,7 +8,8 @@
 Plain autograd over peft's layers keeps, for each adapter, a copy of x in the adapter's dtype and what comes after its
 scaling, and for a MLP act(gate), h and a cast of it as well. Kept here: x, the (N, r) products u, and gate and up of a
 MLP; the backward makes h again. For the MLP of an 8B model (I=14336, D=4096) at N=8192 that are 537 MB of bf16, plus
-0.3 MB for each adapter of rank 16. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way,
+0.3 MB for each adapter of rank 16. What else is as wide as a MLP (h, dh, dup) is there for `launch.MLP_ROWS` rows at a
+time. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way,
 and only one is there at a time.
 
 Products are cuBLAS's. Which of them are joined, by what they read and write at N=8192, I=O=4096, r=16 in bf16 (x and y
@@ -32,6 +33,7 @@ Legend: N rows of x, I columns, O columns of y, r rank, R the ranks of the adapt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +42,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastdpo_kernels import nf4
+from fastdpo_kernels import launch, nf4
 from fastdpo_kernels.glu import glu_backward, glu_forward
 
 
@@ -97,7 +99,11 @@ def lora_mlp(
     rows, factors = _rows(x), _factors(projections.values())
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *factors))
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        y = _Mlp.apply(rows, tuple(projections.values()), activation, keep, *factors)
+        parts = [
+            _Mlp.apply(part, tuple(projections.values()), activation, keep, *factors)
+            for part in rows.chunk(max(1, math.ceil(len(rows) / launch.MLP_ROWS)))
+        ]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -113,7 +113,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_f
     if len(rows):
         _rms_norm_forward_kernel[(triton.cdiv(len(rows), config.rows),)](
             rows, _contiguous(weight), results, rstd, eps, len(rows), rows.stride(0), results.stride(0),
-            **{**_constants(config, width, offset), "ROUND_FIRST": round_first},
+            **{**_constants(config, width, offset, x), "ROUND_FIRST": round_first},
         )  # fmt: skip
     return y, rstd
 
@@ -129,7 +129,7 @@ def backward(
     strides = grads.stride(0), values.stride(0), 0 if results is None else results.stride(0)
     trained = weight if needs[1] else None
     fused = trained is not None and width <= launch.LONGEST_NORM_WITH_WEIGHT
-    constants = _constants(launch.norm_config(width), width, offset)
+    constants = _constants(launch.norm_config(width), width, offset, x)
     if rows and needs[0] and not fused:
         _rms_norm_backward_kernel[(triton.cdiv(rows, constants["R"]),)](
             grads, values, _contiguous(weight), rstd, results, rows, *strides, **constants
@@ -137,7 +137,7 @@ def backward(
     if trained is None:
         return grad_x, None
     programs = launch.norm_programs(rows, width, launch.device_of(x.device))
-    constants = _constants(launch.norm_config(width, with_weight=True), width, offset)
+    constants = _constants(launch.norm_config(width, with_weight=True), width, offset, x)
     sums = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     if rows:
         _rms_norm_weight_kernel[(programs,)](
@@ -156,6 +156,7 @@ def _contiguous(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-def _constants(config: launch.NormConfig, width: int, offset: float) -> dict[str, Any]:
+def _constants(config: launch.NormConfig, width: int, offset: float, x: Tensor) -> dict[str, Any]:
+    registers = launch.every_register(config.num_warps, launch.device_of(x.device))
     tile = {"R": config.rows, "BLOCK": config.block, "num_warps": config.num_warps, "num_stages": 1}
-    return {"D": width, "OFFSET": offset, "enable_fp_fusion": False, **tile}
+    return {"D": width, "OFFSET": offset, "enable_fp_fusion": False, **tile, **registers}

@@ -144,8 +144,7 @@ def rotate(
         "ROUND": not rotation.upcast,
     }
     constants |= {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": False}
-    if launch.device_of(q.device).kind == "cuda":  # AMD's compiler has no such option
-        constants["maxnreg"] = launch.ROPE_REGISTERS
+    constants |= launch.every_register(config.num_warps, launch.device_of(q.device))
     _rope_kernel[(batch * tokens,)](
         q, k, cos, sin, q_result, k_result, tokens, q.shape[1], 0 if k is None else k.shape[1],
         *q.stride(), *q_result.stride()[:3], *_strides(k), *_strides(k_result)[:3], *_factor_strides(cos, batch),
