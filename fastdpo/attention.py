@@ -109,17 +109,30 @@ def attention_configs(model: nn.Module) -> list[Any]:
     return list(configs.values())
 
 
-@contextmanager
-def attention_set_to(configs: Sequence[Any], names: Sequence[str]) -> Iterator[None]:
-    """Within it, the models of these configs attend by the implementations of these names."""
-    previous = [config._attn_implementation_internal for config in configs]
-    try:
-        for config, name in zip(configs, names, strict=True):
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, name in zip(configs, previous, strict=True):
-            config._attn_implementation_internal = name
+class attention_set_to(AbstractContextManager[None]):  # noqa: N801 (called like a function)
+    """Within it, the models of these configs attend by the implementations of these names. It can be entered again, as
+    a second backward pass through checkpointed blocks does.
+    """
+
+    def __init__(self, configs: Sequence[Any], names: Sequence[str]) -> None:
+        self.configs, self.names = configs, names
+        self.previous: list[list[str]] = []
+
+    def __enter__(self) -> None:
+        self.previous.append(_names(self.configs))
+        _set_names(self.configs, self.names)
+
+    def __exit__(self, *_: object) -> None:
+        _set_names(self.configs, self.previous.pop())
+
+
+def _names(configs: Sequence[Any]) -> list[str]:
+    return [config._attn_implementation_internal for config in configs]
+
+
+def _set_names(configs: Sequence[Any], names: Sequence[str]) -> None:
+    for config, name in zip(configs, names, strict=True):
+        config._attn_implementation_internal = name
 
 
 def packed_attention(configs: Sequence[Any]) -> AbstractContextManager[None]:
@@ -131,8 +144,7 @@ def checkpoint_contexts(configs: Sequence[Any]) -> Callable[[], tuple[AbstractCo
     """`context_fn` for torch's checkpoint: a block's second run happens under the attention that its first run saw."""
 
     def contexts() -> tuple[AbstractContextManager[None], ...]:
-        current = [config._attn_implementation_internal for config in configs]
-        return nullcontext(), attention_set_to(configs, current)
+        return nullcontext(), attention_set_to(configs, _names(configs))
 
     return contexts
 

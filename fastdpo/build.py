@@ -174,7 +174,7 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig)
     """A reference model of its own, loaded as frozen weights are and computing as the policy does."""
     if ref_model is None:
         return None
-    loaded = load_model(ref_model, config, adapters=True)
+    loaded = load_model(ref_model, config, adapters=True, is_reference=True)
     return Policy(place(loaded, config.device), policy.autocast)
 
 

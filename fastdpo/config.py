@@ -430,7 +430,7 @@ class DPOConfig(TrainingArguments):
         chosen = "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"
         if self.memory and (given := [name for name in chosen if getattr(self, name)]):
             raise ValueError(f"memory='auto' chooses {given[-1]}, which is given, too: leave one of them out.")
-        if self.activation_offloading and (self.use_cpu or not torch.accelerator.is_available()):
+        if self.activation_offloading and (self.use_cpu or not torch.cuda.is_available()):
             raise ValueError(
                 "activation_offloading=True moves activations from a GPU to the host, and there is none: leave it out."
             )

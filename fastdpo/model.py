@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -45,6 +47,7 @@ from fastdpo_kernels.linear_logps import linear_logps
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what transformers' blocks read and call
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,7 +81,9 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
         raise ValueError(f"{type(base).__name__} has no language-model head: load it with AutoModelForCausalLM")
 
 
-def load_model(source: Any, config: DPOConfig, adapters: bool) -> PreTrainedModel | PeftModel:
+def load_model(
+    source: Any, config: DPOConfig, adapters: bool, is_reference: bool = False
+) -> PreTrainedModel | PeftModel:
     """A name or path -> the model, its weights fit for training adapters or all of it; a loaded one as it is.
 
     Quantised weights are quantised tensor by tensor on the way to the device, which so never holds them whole.
@@ -92,11 +97,12 @@ def load_model(source: Any, config: DPOConfig, adapters: bool) -> PreTrainedMode
         options["attn_implementation"] = config.attn_implementation
     options.setdefault("dtype", load_dtype(config, adapters))
     model_config = options["config"]
-    if config.quantizes and quantized_by(model_config):
+    quantized = bool(quantized_by(model_config))
+    if config.quantizes and quantized and not is_reference:
         raise ValueError(f"{source} is quantised already: leave out load_in_4bit, load_in_8bit or quantization_config")
-    if config.quantizes or quantized_by(model_config):
+    if config.quantizes or quantized:
         options["device_map"] = {"": config.device}
-    if config.quantizes:
+    if config.quantizes and not quantized:
         options["quantization_config"] = quantization(config, compute_dtype(config))
     with returning_memory(config.device) if config.quantizes else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -410,43 +416,36 @@ def checkpointing(policy: Policy, kwargs: Mapping[str, Any] | None) -> Iterator[
             f"{type(base).__name__} does not support gradient checkpointing: set gradient_checkpointing=False"
         )
     modules: list[Any] = [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
-    before = [(m.gradient_checkpointing, getattr(m, "_gradient_checkpointing_func", None)) for m in modules]
+    before = [{key: vars(module)[key] for key in CHECKPOINT if key in vars(module)} for module in modules]
     options = {**(kwargs or {}), "use_reentrant": False, "context_fn": checkpoint_contexts(policy.configs)}
     every, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-    if hasattr(base, "activation_checkpointing_enable"):  # transformers since 5.2x
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    policy.checkpointed = _every_nth([module for module in modules if module.gradient_checkpointing], every, base)
-    if offload:
-        _offload(policy.checkpointed, base)
+    chosen = _every_nth(modules, every, base)
+    function: Any = partial(checkpoint, **options)
+    function = HostCopies(function) if offload else function
+    if offload and not any(isinstance(module, GradientCheckpointingLayer) for module in chosen):
+        raise ValueError(f"{type(base).__name__} has no blocks whose inputs could be moved: set offload=False")
+    # not by the model's own method: that also makes the embeddings' output require a gradient, for good
+    for module in modules:
+        module._gradient_checkpointing_func = function
+    policy.checkpointed = chosen
     set_checkpointing(modules, False)
     try:
         yield
     finally:
         policy.checkpointed = []
-        for module, (flag, function) in zip(modules, before, strict=True):
-            module.gradient_checkpointing = flag
-            if function is not None:
-                module._gradient_checkpointing_func = function
+        for module, own in zip(modules, before, strict=True):
+            for key in CHECKPOINT:
+                vars(module).pop(key, None)
+            vars(module).update(own)
 
 
-def _every_nth(checkpointed: list[Any], every: int, model: PreTrainedModel) -> list[Any]:
+def _every_nth(modules: list[Any], every: int, model: PreTrainedModel) -> list[Any]:
     """The first block of every `every`, and what is no block. Raises ValueError where blocks cannot be told apart."""
-    blocks = [module for module in checkpointed if isinstance(module, GradientCheckpointingLayer)]
+    blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     if every > 1 and not blocks:
         raise ValueError(f"{type(model).__name__} checkpoints all of its blocks or none: leave every_n_layers out")
     left_out = {id(block) for place, block in enumerate(blocks) if place % every}
-    return [module for module in checkpointed if id(module) not in left_out]
-
-
-def _offload(checkpointed: list[Any], model: PreTrainedModel) -> None:
-    blocks = [module for module in checkpointed if isinstance(module, GradientCheckpointingLayer)]
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no blocks whose inputs could be moved: set offload=False")
-    copies = HostCopies(blocks[0]._gradient_checkpointing_func)
-    for block in blocks:
-        block._gradient_checkpointing_func = copies
+    return [module for module in modules if id(module) not in left_out]
 
 
 def checkpoints_already(model: nn.Module) -> bool:
