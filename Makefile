@@ -6,16 +6,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 GPU_STEPS_8B := gpu-step-8b-hh-rlhf gpu-step-8b-helpsteer gpu-step-8b-ultrafeedback
-GPU_TESTS := $(addprefix gpu-tests-,gpu memory linear_logps head_fused pair_loss)
-GPU_STAGES := gpu-tests gpu-kernels gpu-step $(GPU_STEPS_8B) gpu-parts gpu-trace
+GPU_TESTS := $(addprefix gpu-tests-,gpu memory offload patching linear_logps head_fused pair_loss)
+GPU_TESTS_BLOCK := $(addprefix gpu-tests-,nf4 lora rms_norm rope glu)
+GPU_STAGES := gpu-tests gpu-block-tests gpu-kernels gpu-step $(GPU_STEPS_8B) gpu-step-mistral-nf4 gpu-memory
+GPU_STAGES += gpu-parts gpu-trace
 
-.PHONY: demo test check gpu $(GPU_STAGES) $(GPU_TESTS) gpu-step-8b compile-report format clean
+.PHONY: demo test check gpu $(GPU_STAGES) $(GPU_TESTS) $(GPU_TESTS_BLOCK) gpu-step-8b compile-report format clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastdpo demo
 
+# Whole files go to workers, in the order of tests/conftest.py: fixtures of a file are made once. WORKERS=0: one process.
+WORKERS ?= logical
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -23,7 +27,7 @@ check: $(INSTALLED)
 	$(BIN)/pyright
 
 # The tests and benchmarks that need a CUDA device; without one they say so and end. Each stage runs alone and ends within
-# 9 minutes: KERNEL_SECONDS and STEP_SECONDS are what its contenders may take, and `timeout` ends what hangs. A stage that
+# 9 minutes: KERNEL_, STEP_ and MEMORY_SECONDS are what its contenders may take, and `timeout` ends what hangs. A stage that
 # fails does not keep the next from running, but fails the whole. Uses .venv where it is, else python3. COMMIT=... says
 # which code this is where it was copied without its repository; UNSLOTH=... names a folder with Unsloth and the packages
 # it needs, where it is not installed.
@@ -32,16 +36,20 @@ GPU_RUN := timeout --kill-after=10 530 $(GPU_PYTHON) -m
 FROM := $(if $(COMMIT),--commit $(COMMIT))
 KERNEL_SECONDS ?= 420
 STEP_SECONDS ?= 500
+MEMORY_SECONDS ?= 460
 STEP := $(GPU_RUN) benchmarks step --device cuda --tune --epochs 2 $(FROM) $(if $(UNSLOTH),--unsloth $(UNSLOTH))
-$(GPU_STAGES) $(GPU_TESTS): export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+$(GPU_STAGES) $(GPU_TESTS) $(GPU_TESTS_BLOCK): export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 gpu:
 	$(MAKE) --keep-going --jobs=1 $(GPU_STAGES)
 
-gpu-tests:
-	$(MAKE) --keep-going --jobs=5 --output-sync=target $(GPU_TESTS)
-
 # Compiling takes most of the time: files go side by side.
-$(GPU_TESTS): gpu-tests-%:
+gpu-tests:
+	$(MAKE) --keep-going --jobs=7 --output-sync=target $(GPU_TESTS)
+
+gpu-block-tests:
+	$(MAKE) --keep-going --jobs=5 --output-sync=target $(GPU_TESTS_BLOCK)
+
+$(GPU_TESTS) $(GPU_TESTS_BLOCK): gpu-tests-%:
 	$(GPU_RUN) pytest tests/test_$*.py -m "gpu or kernels" -rs
 
 gpu-kernels:
@@ -55,6 +63,12 @@ gpu-step-8b:
 
 $(GPU_STEPS_8B): gpu-step-8b-%:
 	$(STEP) --model llama-3.1-8b --profile $* --seconds $(STEP_SECONDS)
+
+gpu-step-mistral-nf4:
+	$(STEP) --model mistral-7b --load-in-4bit --profile ultrafeedback --seconds $(STEP_SECONDS)
+
+gpu-memory:
+	$(GPU_RUN) benchmarks memory --device cuda --seconds $(MEMORY_SECONDS) $(FROM)
 
 gpu-parts gpu-trace: gpu-%:
 	$(GPU_RUN) benchmarks $* --device cuda --model llama-3.1-8b $(FROM)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step`, `parts`, `trace` and `kernels` measure, `table` writes the tables of README.md again."""
+"""`python -m benchmarks step`, `parts`, `trace`, `memory` and `kernels` measure, `table` writes the tables again."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import kernels, parts, step, table, trace
-from benchmarks.device import CPU, DEVICES
-from benchmarks.models import MODELS
+from benchmarks import kernels, memory, memory_table, parts, step, table, trace
+from benchmarks.device import CPU, CUDA, DEVICES
+from benchmarks.models import MODELS, WHOLE, quantised
 from benchmarks.workload import PROFILES
 
 WATCHED = {"parts": parts, "trace": trace}
@@ -27,23 +27,38 @@ def parser() -> argparse.ArgumentParser:
     share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
     view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
     race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
+    most = commands.add_parser("memory", help="the longest pair that trains in 4 bits with so much memory")
     for command in (run, share, view):
-        command.add_argument("--model", choices=list(MODELS), help="default: " + _defaults("model"))
+        command.add_argument("--model", choices=WHOLE, help="default: " + _defaults("model"))
+        command.add_argument("--load-in-4bit", action="store_true", help="NF4 weights, for whoever trains them")
         command.add_argument("--profile", choices=list(PROFILES), default="hh-rlhf", help="default %(default)s")
         command.add_argument("--pairs", type=int, help="rows, a multiple of --batch; default: by model and profile")
         command.add_argument("--batch", type=int, default=8, help="pairs an optimizer step (default %(default)s)")
     run.add_argument("--repeat", type=int, default=1, help="runs of each, medians reported (default %(default)s)")
     share.add_argument("--repeat", type=int, default=3, help="measurements, medians reported (default %(default)s)")
-    for command in (run, race):
+    _add_memory_options(most)
+    for command in (run, race, most):
         command.add_argument("--seconds", type=float, help="after them no further contender gets its turn")
-    for command in (run, share, view, race):
-        command.add_argument("--device", choices=list(DEVICES), default=CPU.name, help="default %(default)s")
+    for command in (run, share, view, race, most):
+        default = CUDA.name if command is most else CPU.name
+        command.add_argument("--device", choices=list(DEVICES), default=default, help="default %(default)s")
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default %(default)s)")
         command.add_argument("--commit", help="of this code, where it was copied without its repository")
         command.add_argument("--output", type=Path, help=f"default: a file in {table.RESULTS}")
     write = commands.add_parser("table", help="write the tables of both README.md from results/*.json")
     write.add_argument("--check", action="store_true", help="write nothing; exit 1 where the tables differ")
     return top
+
+
+def _add_memory_options(command: argparse.ArgumentParser) -> None:
+    prompts, cards = list(memory_table.PROMPTS), list(memory_table.AIMS)
+    command.add_argument("--model", choices=WHOLE, default=memory_table.MODEL, help="default %(default)s, in NF4")
+    command.add_argument("--gib", type=int, nargs="+", default=cards, help="sizes of cards (default %(default)s)")
+    command.add_argument("--prompt", choices=prompts, nargs="+", default=prompts, help="default: all")
+    command.add_argument("--resolution", type=float, default=0.03, help="share of a length (default %(default)s)")
+    command.add_argument(
+        "--most-tokens", type=int, nargs="+", help="for each size the tokens of the largest batch, where no GPU says so"
+    )
 
 
 def _defaults(field: str) -> str:
@@ -58,6 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "kernels":
         options.output = options.output or table.RESULTS / f"kernels-{options.device}.json"
         return kernels.main(options)
+    if options.command == "memory":
+        if (options.device == CPU.name) != bool(options.most_tokens):
+            commands.error("--most-tokens stands in for the memory of a GPU: give it with --device cpu, and only then")
+        if len(options.most_tokens or options.gib) != len(options.gib):
+            commands.error("--most-tokens needs a number for each of --gib")
+        return memory.main(options)
     _complete(options)
     for name in ("pairs", "epochs", "batch", "repeat", "threads"):
         if getattr(options, name, 1) < 1:
@@ -74,6 +95,7 @@ def _complete(options: argparse.Namespace) -> None:
     """What depends on other options, where it was not given."""
     device = DEVICES[options.device]
     options.model = options.model or device.model
+    options.model = quantised(options.model) if options.load_in_4bit else options.model
     if options.pairs is None:
         options.pairs = step.rows_for(device, MODELS[options.model], PROFILES[options.profile], max(options.batch, 1))
     name = table.file_name(options.command, options.device, options.model, options.profile)

@@ -74,6 +74,9 @@ class KernelBench:
     """What the kernel benchmarks run on a device."""
 
     heads: tuple[tuple[int, int, int], ...]  # rows N, vocabulary V, hidden size D of linear_logps
+    weights: tuple[tuple[int, int], ...]  # rows O, columns I of a 4-bit weight
+    token_shape: tuple[int, ...]  # of bench_blocks: N, D, heads of q, of k, their numbers E, I
+    blocks: tuple[tuple[int, int, int], ...]  # rows N, hidden size D, intermediate size I of LoRA projections
     dtype: str
     # A contender further from fp64 truth computes something else and gets no time: log-probs in nats (root mean square
     # over all rows), gradients as |error| / |truth|.
@@ -101,6 +104,7 @@ class Device:
     model: str  # of models.MODELS, unless --model says otherwise
     dtype: str  # of the frozen weights
     settings: Mapping[str, Any]  # fields of both trainers' DPOConfig
+    leanest: Mapping[str, Any]  # fields of fastdpo's, by which it takes the least memory here
     work: float  # parameters x packed tokens of an epoch, which give the rows unless --pairs does
     most_pairs: int
     warm_up: bool  # one step of the longest rows before the clock starts: what is loaded and compiled once
@@ -120,12 +124,18 @@ class Device:
     wait: Callable[[], None]  # for everything that was asked of the device
     restart_peak: Callable[[], None]
     peak_memory: Callable[[], int]  # bytes, the most since restart_peak
+    peak_reserved: Callable[[], int]  # the same, of what torch's allocator holds
+    limit: Callable[[int | None], None]  # bytes that the allocator may hold; None: all there are
     notes: tuple[str, ...]  # of its table alone
     kernels: KernelBench
 
 
 def _nothing() -> None:
     pass
+
+
+def _no_limit(size: int | None) -> None:
+    del size
 
 
 def _processor() -> dict[str, Any]:
@@ -187,6 +197,19 @@ def _peak_allocated() -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def _peak_reserved() -> int:
+    import torch
+
+    return torch.cuda.max_memory_reserved()
+
+
+def _limit_allocator(size: int | None) -> None:
+    import torch
+
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(1.0 if size is None else min(1.0, size / whole))
+
+
 CPU = Device(
     name="cpu",
     title="the CPU",
@@ -194,6 +217,7 @@ CPU = Device(
     model="20m",
     dtype="float32",
     settings={"use_cpu": True, "bf16": False},
+    leanest={"gradient_checkpointing": True},
     work=8e10,  # 16 pairs of 20M parameters as long as HH-RLHF's
     most_pairs=512,
     warm_up=False,
@@ -234,6 +258,8 @@ CPU = Device(
     wait=_nothing,
     restart_peak=_nothing,
     peak_memory=_peak_rss,
+    peak_reserved=_peak_rss,
+    limit=_no_limit,
     notes=(
         "TRL scores every position through the LM head where it has no Triton, padding and prompt included; on a GPU "
         "it skips them. `response rows only` is TRL told to skip them here too: times and memory measured, FLOPs by "
@@ -242,6 +268,9 @@ CPU = Device(
     ),
     kernels=KernelBench(
         heads=((256, 4096, 256), (512, 16_000, 256)),
+        weights=((1024, 2048),),
+        token_shape=(1024, 1024, 8, 2, 128, 2816),
+        blocks=((256, 256, 768),),
         dtype="float32",
         allowed_logp_error=1e-4,
         allowed_gradient_error=1e-4,
@@ -273,11 +302,14 @@ H200_AIMS = (
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FORWARD, "fastdpo fused", "MB beside results", 10),
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed", "MB beside results", 300),
     Aim("NVIDIA H200", "linear_logps", _LLAMA_3_8B, FROZEN_HEAD, "fastdpo streamed, 64 MiB", "MB beside results", 70),
+    # 2.52 bytes for each of 58.7 million elements, at 85% of 4.3 TB/s
+    Aim("NVIDIA H200", "nf4", (14_336, 4096), "nested scales", "fastdpo triton", "ms", 0.0404),
     Aim("NVIDIA H200", "pair_loss", (64,), "sigmoid, forward", "fastdpo triton", "launches", 1),
     Aim("NVIDIA H200", "pair_loss", (64,), "sigmoid, forward and backward", "fastdpo triton", "GPU µs", 15),
 )
 
-_8B = "llama-3.1-8b"
+_8B, _7B_NF4 = "llama-3.1-8b", "mistral-7b-nf4"
+_ADDED_LEANEST = "memory added by training, fastdpo leanest / TRL default"
 _ALL_8B = ("hh-rlhf", "helpsteer", "ultrafeedback")
 H200_STEP_AIMS = (
     StepAim("speed of fastdpo / TRL default, 1 epoch", 2.5, True, _8B, ("hh-rlhf", "helpsteer"), "NVIDIA H200"),
@@ -285,8 +317,13 @@ H200_STEP_AIMS = (
     StepAim("speed of fastdpo / TRL default, 1 epoch", 2.0, True, _8B, ("ultrafeedback",), "NVIDIA H200"),
     StepAim("speed of fastdpo / TRL tuned, 1 epoch", 1.4, True, _8B, ("ultrafeedback",), "NVIDIA H200"),
     StepAim("MFU of fastdpo, 1 epoch", 0.5, True, _8B, _ALL_8B, "NVIDIA H200"),
-    StepAim("memory added by training, fastdpo leanest / TRL default", 0.5, False, _8B, _ALL_8B, "NVIDIA H200"),
+    StepAim(_ADDED_LEANEST, 0.5, False, _8B, _ALL_8B, "NVIDIA H200"),
     StepAim("speed of fastdpo leanest / TRL default, 1 epoch", 1.0, True, _8B, _ALL_8B, "NVIDIA H200"),
+    StepAim("speed of fastdpo / TRL default, 1 epoch", 2.5, True, _7B_NF4, ("ultrafeedback",), "NVIDIA H200"),
+    StepAim("speed of fastdpo / TRL tuned, 1 epoch", 1.7, True, _7B_NF4, ("ultrafeedback",), "NVIDIA H200"),
+    StepAim("speed of fastdpo / Unsloth, 1 epoch", 1.3, True, _7B_NF4, ("ultrafeedback",), "NVIDIA H200"),
+    StepAim(_ADDED_LEANEST, 0.5, False, _7B_NF4, ("ultrafeedback",), "NVIDIA H200"),
+    StepAim("speed of fastdpo leanest / TRL default, 1 epoch", 1.0, True, _7B_NF4, ("ultrafeedback",), "NVIDIA H200"),
 )
 
 CUDA = Device(
@@ -296,6 +333,7 @@ CUDA = Device(
     model="llama-3.2-1b",
     dtype="bfloat16",
     settings={"bf16": True},
+    leanest={"gradient_checkpointing": True, "activation_offloading": True},
     work=2.5e14,  # 128 pairs of 8B parameters as long as HH-RLHF's: 1.5 PFLOP, some seconds
     most_pairs=512,
     warm_up=True,
@@ -335,6 +373,8 @@ CUDA = Device(
     wait=_synchronize,
     restart_peak=_restart_peak_allocated,
     peak_memory=_peak_allocated,
+    peak_reserved=_peak_reserved,
+    limit=_limit_allocator,
     notes=(
         "Before the clock starts each run takes one step of its longest rows with another model, so that kernels are "
         "loaded and compiled; the clock waits for the GPU at every reading. What precedes training (tokenization, "
@@ -346,13 +386,16 @@ CUDA = Device(
         "beyond them.",
         "fastdpo leanest: gradient checkpointing and micro-batches of 2048 tokens. Reading an 8B model's weights "
         "takes a GPU as long as computing some 200 tokens, so 2048 still run at nearly full speed; a longer pair goes "
-        "alone.",
+        "alone. With weights in 4 bits block inputs go to the host besides.",
         "TRL tuned, other reference: the same with the reference precomputed where TRL tuned runs it online, or the "
         "other way around. TRL tuned, Liger: the same with Liger's layer kernels. Unsloth: as it comes, its own "
         "checkpointing on.",
     ),
     kernels=KernelBench(
         heads=(_LLAMA_3_8B, (8192, 151_936, 3584), (2048, 128_256, 4096), (4096, 32_000, 4096)),
+        weights=((14_336, 4096), (4096, 4096), (28_672, 8192)),
+        token_shape=(8192, 4096, 32, 8, 128, 14_336),
+        blocks=((8192, 4096, 14_336), (2048, 4096, 14_336)),
         dtype="bfloat16",
         allowed_logp_error=5e-2,
         allowed_gradient_error=6e-2,

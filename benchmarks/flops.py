@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.models import Model
@@ -128,7 +130,8 @@ def counter() -> FlopCounterMode:
 
     On a CPU the head's backward ends in addmm_, which torch 2.13 does not count: a third of the head's policy work. On
     a GPU it ends in addmm with an out_dtype, on which torch's own formula raises a TypeError. A GPU's attention kernels
-    are counted by the same rule as the CPU's, whatever this version of torch makes of grouped queries.
+    are counted by the same rule as the CPU's, whatever this version of torch makes of grouped queries. bitsandbytes has
+    an operation of its own for products with 4-bit weights.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -138,11 +141,19 @@ def counter() -> FlopCounterMode:
     for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
         mapping[getattr(aten, f"_scaled_dot_product_{kernel}")] = _attention_forward
         mapping[getattr(aten, f"_scaled_dot_product_{kernel}_backward")] = _attention_backward
+    if find_spec("bitsandbytes") is not None:
+        import bitsandbytes  # noqa: F401 (registers it)
+
+        mapping[torch.ops.bitsandbytes.gemm_4bit] = _product_in_4_bits
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _addmm(_sum: torch.Size, left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
     return 2 * left[0] * left[1] * right[1]
+
+
+def _product_in_4_bits(left: torch.Size, _packed: torch.Size, shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * prod(left) * shape[0]
 
 
 def _attention_forward(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:

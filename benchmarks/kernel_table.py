@@ -16,6 +16,15 @@ from benchmarks.roofline import FORWARD, FROZEN_HEAD, TRAINED_HEAD, Ceilings, he
 WANTS = (FORWARD, FROZEN_HEAD, TRAINED_HEAD)
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MiB = 2**20
+BLOCK_OPS = ("nf4", "lora", "rms_norm", "rope", "glu")
+OPS = ("linear_logps", "pair_loss", *BLOCK_OPS)
+BANDWIDTH = (
+    "nf4: GB/s are of the least bytes, two values a byte in and the result out; % is of a large copy's rate. A result "
+    "that differs from plain torch's in a bit of an element gets no time. lora (N x D x I, rank 16, forward and "
+    "backward): the roofline has each product with a weight once each way and three for each adapter. "
+    "rms_norm (rows x length, weight frozen), rope (N x heads of q x of k x numbers) and glu (N x I, SwiGLU): inputs "
+    "once in and results once out, each way."
+)
 
 Row = dict[str, Any]
 
@@ -35,14 +44,16 @@ QUANTITIES: dict[str, Callable[[Row], float | None]] = {
 
 
 def render(result: dict[str, Any]) -> str:
-    """A device's kernels: one table a shape of linear_logps, one a loss of pair_loss, and what was not measured."""
+    """A device's kernels: a table a shape of linear_logps and of nf4, one a loss of pair_loss; what has no number."""
     device = DEVICES[result["device"]]
     heads = _grouped(result["rows"], "linear_logps", lambda row: tuple(row["shape"]))
     losses = _grouped(result["rows"], "pair_loss", lambda row: row["wants"])
+    others = [_grouped(result["rows"], op, lambda row: (*row["shape"], row["wants"])) for op in BLOCK_OPS]
     parts = [
         _heading(result, device),
         *(_head_table(shape, rows, result) for shape, rows in heads.items()),
         *(_pair_table(wants, rows) for wants, rows in losses.items()),
+        *(_rate_table(rows) for groups in others for rows in groups.values()),
         *([aims] if (aims := _aims(result, device)) else []),
         _notes(result, device),
     ]
@@ -118,6 +129,24 @@ def _pair_table(wants: str, rows: list[Row]) -> str:
     return f"**pair_loss, {rows[0]['shape'][0]} pairs, {wants}**\n\n{table(header, lines)}"
 
 
+def _rate_table(rows: list[Row]) -> str:
+    """Bytes a second of what hardly computes, FLOPs of what does, and how much that is of the roofline."""
+    what, unit, size = ("flops", "TFLOP/s", 1e12) if rows[0]["op"] == "lora" else ("bytes", "GB/s", 1e9)
+    lines = [
+        [
+            row["contender"],
+            _number(1e3 * row["median"]),
+            _number(row["work"][what] / row["median"] / size),
+            f"{100 * row['of_roofline']:.0f}",
+            _number(row["peak_bytes"] / MiB),
+        ]
+        for row in rows
+        if _ran(row)
+    ]
+    shape = "x".join(map(str, rows[0]["shape"]))
+    return f"**{rows[0]['op']}, {shape}, {rows[0]['wants']}**\n\n{table(['', 'ms', unit, '%', 'MiB'], lines)}"
+
+
 def _aims(result: dict[str, Any], device: Device) -> str:
     rows = {(row["op"], tuple(row["shape"]), row["wants"], row["contender"]): row for row in result["rows"]}
     lines = []
@@ -152,9 +181,10 @@ def _notes(result: dict[str, Any], device: Device) -> str:
         *bench.notes,
         "pair_loss: microseconds of one among 50 calls from Python in a row; of the GPU alone, of one among 20 calls "
         "in a CUDA graph.",
+        *([BANDWIDTH] if any(row["op"] in BLOCK_OPS for row in rows) else []),
         "MiB include the results. Random rows with p(target) from 0.01 to 0.99 and a vocabulary after Zipf, of which "
         f"cut-cross-entropy's filter keeps this share of the gradient's tiles: {kept}.",
-        *(line for op in ("linear_logps", "pair_loss") for line in _paths(op, rows) + _missing(op, rows)),
+        *(line for op in OPS for line in _paths(op, rows) + _missing(op, rows)),
         *(f"{row['contender']} cannot be captured: {row['graph_error']}" for row in rows if row["graph_error"]),
     ]
     return "\n".join(f"- {note}" for note in notes)

@@ -1,11 +1,12 @@
 """Models by their shapes: costs depend on nothing else, so weights are random and nothing is downloaded.
 
-`--model` takes their names. All are of the Llama kind: attention with grouped queries, a gated MLP, RMS norms.
+`--model` takes their names, and `--load-in-4bit` their quantised twins. All are of the Llama kind: attention with
+grouped queries, a gated MLP, RMS norms.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Model:
     tie_word_embeddings: bool
     qkv_bias: bool  # on the projections to queries, keys and values
     learning_rate: float  # of the benchmarks: high, so that a few steps move the loss and equal curves mean something
+    in_4_bits: bool = False  # NF4 with double quantisation, of all linear modules but the head
 
     @property
     def head_size(self) -> int:
@@ -53,6 +55,14 @@ class Model:
         head = 0 if self.tie_word_embeddings else embedding
         return {"trunk": trunk, "embedding": embedding, "untied_head": head, "total": trunk + embedding + head}
 
+    @property
+    def weight_bytes(self) -> float:
+        """By arithmetic, in bf16 but for what is quantised."""
+        quantised = self.num_hidden_layers * sum(i * o for i, o in self.linears.values()) if self.in_4_bits else 0
+        return 2 * (self.parameters["total"] - quantised) + NF4_BYTES * quantised
+
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a number: its code, and its shares of a scale and of the scales' own
 
 # Learning rates. 16 layers 512 wide, bf16 on a CPU, 2026-11-22: when pairs come a second time their loss is 0.62 from
 # 3e-5, 0.35 from 1e-4, 0.13 from 3e-4. What a step does grows about as the width; a loss near 0 would compare nothing.
@@ -64,4 +74,13 @@ _MODELS = (
     Model("qwen2.5-7b", "Qwen2.5-7B's shape", "qwen2", 152_064, 3584, 18_944, 28, 28, 4, False, True, 1.5e-5),
     Model("mistral-7b", "Mistral-7B-v0.3's shape", "mistral", 32_768, 4096, 14_336, 32, 32, 8, False, False, 1.5e-5),
 )
-MODELS = {model.name: model for model in _MODELS}
+WHOLE = tuple(model.name for model in _MODELS)
+
+
+def quantised(name: str) -> str:
+    """The name of a model's twin in 4 bits."""
+    return f"{name}-nf4"
+
+
+_TWINS = (replace(one, name=quantised(one.name), title=f"{one.title} in NF4", in_4_bits=True) for one in _MODELS)
+MODELS = {model.name: model for model in (*_MODELS, *_TWINS)}

@@ -184,14 +184,18 @@ def _trl() -> Trainer:
         if spec.response_rows_only:
             # add_fused_lm_head asks this name only whether to select the scored positions; the kernels have their own.
             utils._use_triton = lambda device: True
-        return DPOTrainer(
+        trainer = DPOTrainer(
             model=model,
             args=DPOConfig(**settings),
             train_dataset=rows,
             processing_class=workload.word_tokenizer(),
             peft_config=lora(),
-            callbacks=[probe],
+            callbacks=[] if probe is None else [probe],
         )
+        if DEVICES[spec.device].dtype == "float32":  # TRL has adapters of 4-bit weights in bf16, whatever the rest is
+            for parameter in trainer.model.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        return trainer
 
     return Trainer(build_model, build)
 
@@ -206,7 +210,8 @@ def _unsloth() -> Trainer:
         if not place.exists():
             build_model(spec, room).save_pretrained(place)
             workload.word_tokenizer().save_pretrained(place)
-        options = {"max_seq_length": room, "load_in_4bit": False, "use_exact_model_name": True}
+        options = {"max_seq_length": room, "use_exact_model_name": True}
+        options["load_in_4bit"] = MODELS[spec.model].in_4_bits
         return FastLanguageModel.from_pretrained(model_name=str(place), **options)[0]
 
     def build(model: Any, rows: Dataset, settings: dict[str, Any], probe: Any, spec: RunSpec) -> Any:

@@ -74,10 +74,11 @@ def configurations(
     TRL default's epochs all do the same work: some devices run one only.
     """
     default = replace(base, trainer="trl", stop_after=device.trl_default_epochs)
+    leanest = {**LEANEST, **device.leanest} if MODELS[base.model].in_4_bits else LEANEST
     other = {**tuned.settings, "precompute_ref_log_probs": not tuned.settings["precompute_ref_log_probs"]}
     specs = {
         "fastdpo": base,
-        "fastdpo leanest": replace(base, settings=LEANEST),
+        "fastdpo leanest": replace(base, settings=leanest),
         "TRL default": default,
         "TRL tuned": tuned,
         "TRL default, response rows only": replace(default, response_rows_only=True),
@@ -126,7 +127,7 @@ def _pairs_with_room(spec: RunSpec, machine: dict[str, Any]) -> int:
     """
     model, lengths = MODELS[spec.model], spec.lengths
     kept = 2 * model.num_hidden_layers * (12 * model.hidden_size + 5 * model.intermediate_size)
-    room = 0.6 * (machine["gpu_memory"] - 2 * model.parameters["total"])
+    room = 0.6 * (machine["gpu_memory"] - model.weight_bytes)
     longest = max(pair.prompt + max(pair.chosen, pair.rejected) for pair in lengths)
     return next((size for size in halvings(spec.batch) if 2 * size * longest * kept <= room), 1)
 

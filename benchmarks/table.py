@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_table, parts, trace
+from benchmarks import kernel_table, memory_table, parts, trace
 from benchmarks.device import CPU, CUDA, DEVICES, Device, step_aim
 from benchmarks.markdown import machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS
@@ -25,6 +25,7 @@ LATER = "later"  # the span of all epochs after the first
 
 # What is to be measured, in the order of the tables: benchmark, device, model, profile -> the command that does it.
 _8B, _1B, _STEP = "llama-3.1-8b", "llama-3.2-1b", "python -m benchmarks step --device cuda --tune --model"
+_7B_NF4 = "mistral-7b-nf4"
 PLANNED = {
     ("step", CPU.name, "20m", "hh-rlhf"): "python -m benchmarks step",
     ("step", CUDA.name, _1B, "hh-rlhf"): "make gpu-step",
@@ -35,6 +36,7 @@ PLANNED = {
     ("step", CUDA.name, _8B, "tldr"): f"{_STEP} {_8B} --profile tldr",
     ("step", CUDA.name, "qwen2.5-7b", "hh-rlhf"): f"{_STEP} qwen2.5-7b",
     ("step", CUDA.name, "mistral-7b", "hh-rlhf"): f"{_STEP} mistral-7b",
+    ("step", CUDA.name, _7B_NF4, "ultrafeedback"): "make gpu-step-mistral-nf4",
     ("parts", CUDA.name, _8B, "hh-rlhf"): "make gpu-parts",
     ("trace", CUDA.name, _8B, "hh-rlhf"): "make gpu-trace",
 }
@@ -43,6 +45,11 @@ _WHAT = {
     "parts": "a step against the sum of its parts",
     "trace": "where a step's time on the GPU goes",
 }
+
+_IN_4_BITS = (
+    "NF4 with double quantisation, the same weights for all. TRL casts the adapters of a quantised model to bf16; "
+    "where all else is float32 they are cast back, so that curves can be compared. fastdpo's are fp32."
+)
 
 
 def file_name(benchmark: str, device: str, model: str, profile: str) -> str:
@@ -149,6 +156,7 @@ def _notes(result: dict[str, Any]) -> str:
         default,
         f"TRL tuned: {tuned}, rows sorted by length. Precomputing the reference counts.",
         *device.notes,
+        *([_IN_4_BITS] if MODELS[result["model"]].in_4_bits else []),
         f"fastdpo runs the reference in the first epoch only. FLOPs are {flops}; attention counts as full rectangles "
         "for both.",
         *([_mfu(result["peak"])] if "peak" in result else []),
@@ -188,7 +196,7 @@ def _giga(count: float) -> str:
     return f"{count / 1e9:.1f}"
 
 
-RENDER = {"step": render, "parts": parts.render, "trace": trace.render}
+RENDER = {"step": render, "parts": parts.render, "trace": trace.render, "memory": memory_table.render}
 
 
 def generated(folder: Path = RESULTS) -> str:
@@ -198,6 +206,7 @@ def generated(folder: Path = RESULTS) -> str:
     kernels = [device for device in DEVICES.values() if not (folder / f"kernels-{device.name}.json").exists()]
     if missing := [*unmeasured(folder), *(device.kernels.unmeasured for device in kernels)]:
         pieces.append("\n".join(["### Not yet measured\n", *(f"- {text}" for text in missing)]) + "\n")
+    pieces += [text] if (text := memory_table.predictions(folder)) else []
     pieces += [kernel_table.predictions(device) for device in kernels if device.kernels.expected]
     pieces += [drawn for device in DEVICES.values() if (drawn := waiting_aims(device, folder))]
     return "\n".join(pieces)
@@ -219,6 +228,7 @@ def waiting_aims(device: Device, folder: Path) -> str:
                 rows.append([f"a step / the sum of its parts: {_setting(model, waiting)}", f"<= {device.parts_aim}"])
     if device is CUDA and rows:
         rows.append(["peak memory as planned / as measured, in 6 settings (`make gpu-tests`)", "0.9 to 1.1"])
+    rows += memory_table.waiting_aims(folder) if device is CUDA else []
     if not rows:
         return ""
     gpu = next((f" on an {aim.gpu}" for aim in device.aims if aim.gpu), "")
@@ -232,12 +242,19 @@ def _setting(model: str, profiles: Iterable[str]) -> str:
 
 def unmeasured(folder: Path) -> list[str]:
     """A line for each planned file that is not there."""
-    return [
-        f"{_WHAT[key[0]]}: {MODELS[key[2]].title} in {DEVICES[key[1]].dtype} on {DEVICES[key[1]].title}, pairs as long "
+    missing = [
+        f"{_WHAT[key[0]]}: {_weights(*key[1:3])} on {DEVICES[key[1]].title}, pairs as long "
         f"as {PROFILES[key[3]].title}'s (`{command}`)"
         for key, command in PLANNED.items()
         if not (folder / file_name(*key)).exists()
     ]
+    found = (folder / memory_table.file_name(CUDA.name, memory_table.MODEL)).exists()
+    return missing + ([] if found else [memory_table.unmeasured()])
+
+
+def _weights(device: str, model: str) -> str:
+    products = "with {} products" if MODELS[model].in_4_bits else "in {}"
+    return f"{MODELS[model].title} {products.format(DEVICES[device].dtype)}"
 
 
 def _read(file: Path) -> dict[str, Any]:

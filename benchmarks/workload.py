@@ -14,6 +14,7 @@ from statistics import NormalDist, median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.models import Model
+from benchmarks.quantised import QuantisedWeights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -61,6 +62,11 @@ class PairLengths:
     prompt: int
     chosen: int
     rejected: int
+
+    @property
+    def tokens(self) -> int:
+        """Its prompt once."""
+        return self.prompt + self.chosen + self.rejected
 
 
 def pair_lengths(profile: Profile, pairs: int, seed: int = 0) -> list[PairLengths]:
@@ -153,7 +159,9 @@ def build_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = model_config(model, room)
+    if model.in_4_bits:
+        return QuantisedWeights(config, dtype, place, attention, seed).model()
     torch.manual_seed(seed)
     with torch.device(place):
-        config = model_config(model, room)
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)

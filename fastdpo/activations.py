@@ -2,11 +2,17 @@
 
 The model is copied with as few blocks as show what each kind of block adds, its tensors replaced by fakes that have
 shapes and no storage. The copy runs forward and backward in the code of a real run, with the attention kernels of the
-card that is asked about, while every storage that the model's operations make is followed from its birth to its death.
-Two batches of different size give a line: fixed bytes, and bytes a token. It takes one or two seconds for 8B
+card that is asked about, while every storage that the model's operations make is followed from its birth to its death:
+its bytes are those of a real run, to the byte. Batches of several sizes give a curve. It takes a few seconds for 8B
 parameters, and neither a GPU nor weights.
 
-What cannot be seen this way is what kernels allocate inside of themselves; `_INSIDE` has it for attention.
+Between the sizes the curve is a little high. A peak is the largest of many moments, each a line in the tokens: those
+with large temporary gradients of weights lead in small batches, those with long activations in large ones. A chord of
+such a curve lies above it.
+
+What cannot be seen this way is what kernels allocate inside of themselves: `_INSIDE` has it for attention, and
+`_FourBit` and `_EightBit` stand for the layers of bitsandbytes. Token-by-token recurrences are slow to run so: beyond
+SLOW operations a micro-batch there are two sizes only, and after PATIENCE seconds there is no plan.
 
 Legend: T tokens of a micro-batch, N of them scored, D hidden size, V vocabulary.
 """
@@ -16,12 +22,15 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -31,76 +40,146 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo.attention import CannotPack, packed_calls
 from fastdpo.attention_backends import Facts, pretend
 from fastdpo.batch import Pair, PreferenceBatch, pack, pad
+from fastdpo.data import TokenPair
+from fastdpo.layout import declared_windows
 from fastdpo.model import Policy, backbone, base_model, checkpointing, input_embedding, output_head, without_dropout
+from fastdpo.offload import HostCopies
+from fastdpo.quantized import is_quantized
 
 ALIGNMENT = 512  # bytes: torch's CUDA allocator rounds every block up to it
-TOKENS, PAIRS = 2048, 8  # of the smaller micro-batch: enough for its slope, and no more pairs than it takes
+# Micro-batches of 1, STEP, STEP^2 and so on pairs are run. In 8B parameters that train in full, the last moment to take
+# the lead does so at some 20,000 tokens: sizes go on to FAR. Attention segment by segment takes too long for that: FEW.
+STEP, FAR, FEW = 4, 32768, 16
+SLOW = 20_000  # operations of one micro-batch, beyond which a line through two sizes has to do
+PATIENCE = 60  # seconds for all of them
+
+PROBE = TokenPair([1] * 8, [1] * 8, [1] * 8)
+
+
+class TooSlow(Exception):
+    """Planning has taken PATIENCE seconds."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """Bytes that grow with the tokens of a micro-batch."""
+class Curve:
+    """Bytes by the tokens of a micro-batch: straight between what was measured, and beyond it as at its ends."""
 
-    fixed: float
-    per_token: float
+    tokens: tuple[int, ...]
+    bytes: tuple[float, ...]
 
     def __call__(self, tokens: float) -> float:
-        return self.fixed + self.per_token * tokens
+        last = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
+        return self.bytes[last] + self._slope(last) * (tokens - self.tokens[last])
+
+    @property
+    def per_token(self) -> float:
+        """In the largest micro-batches."""
+        return self._slope(len(self.tokens) - 1)
+
+    def _slope(self, last: int) -> float:
+        return (self.bytes[last] - self.bytes[last - 1]) / (self.tokens[last] - self.tokens[last - 1])
 
 
 @dataclass(frozen=True)
 class Activations:
     """Bytes beside parameters and gradients, without those of the head's own kernels."""
 
-    forward: Line  # at the most while the backbone runs forward
-    at_head: Line  # alive while the head runs forward: autocast still has its copies of weights
-    kept: Line  # alive between forward and backward
-    attention: Line  # of those, what attention kernels gave: outputs and log-sum-exps
-    backward: Line  # at the most while the blocks run backward
-    last: Line  # at the most below the first block: the embedding's gradient
+    forward: Curve  # at the most while the backbone runs forward
+    at_head: Curve  # alive while the head runs forward: autocast still has its copies of weights
+    kept: Curve  # alive between forward and backward
+    attention: Curve  # of those, what attention kernels gave: outputs and log-sum-exps
+    backward: Curve  # at the most while the blocks run backward
+    last: Curve  # at the most below the first block: the embedding's gradient
     packed: bool  # the model takes packed pairs; padded ones were run otherwise
     hidden_dtype: torch.dtype  # of what the head is given
-
-
-def measure_activations(
-    policy: Policy, pair: Pair, card: Facts, checkpoint: bool, packed: bool | None = None
-) -> Activations:
-    """What `policy`, on any device or none, keeps for micro-batches of pairs like this one on that card.
-
-    packed: whether pairs are packed; None finds out. Raises ValueError for a model that does not run on fake tensors.
-    """
-    kinds = block_kinds(base_model(policy.model))
-    firsts = [indices[0] for indices in kinds if indices]
-    run = partial(_run, policy, pair, card, checkpoint)
-    layers = len(firsts) or _text_config(base_model(policy.model)).num_hidden_layers
-    packed, base = _first_run(run, firsts, layers, packed)
-    few, many = (size.bytes.copy() for size in base)
-    for indices in kinds:
-        if len(indices) > 1:
-            more = run(sorted([*firsts, indices[1]]), packed)
-            few += (len(indices) - 1) * (more[0].bytes - base[0].bytes)
-            many += (len(indices) - 1) * (more[1].bytes - base[1].bytes)
-    slopes = (many - few) / (base[1].tokens - base[0].tokens)
-    lines = [Line(float(b - s * base[0].tokens), float(s)) for b, s in zip(few, slopes, strict=True)]
-    return Activations(*lines, packed=packed, hidden_dtype=base[0].hidden_dtype)
 
 
 @dataclass(frozen=True)
 class Measured:
     """One micro-batch."""
 
-    bytes: np.ndarray  # in the order of Activations' lines
+    bytes: np.ndarray  # in the order of Activations' curves
     tokens: int  # padding included
     hidden_dtype: torch.dtype
     attention_calls: int
+    windows_known: bool  # attention was given the windows that the config declares
+    operations: int
 
 
-def block_kinds(model: nn.Module) -> list[list[int]]:
-    """Indices of the blocks, those together that have the same parameters and type; none where they are not found."""
+def measure_activations(
+    policy: Policy, pair: Pair, card: Facts, packed: bool, checkpoint: Mapping[str, Any] | None = None
+) -> Activations:
+    """What `policy`, on any device or none, keeps for micro-batches of pairs like this one on that card.
+
+    checkpoint: the options of `checkpointing`, None without. Raises ValueError for a model that does not run on fake
+    tensors, or not within PATIENCE seconds.
+    """
+    options = checkpoint or {}
+    every = options.get("every_n_layers", 1)
+    kinds = block_kinds(base_model(policy.model), every)
+    run = partial(_run, policy, pair, card, checkpoint, time.monotonic() + PATIENCE)
+    shown = _shown(kinds, every, options.get("offload", False))
+    unseen = [more for kind in kinds if (more := [index for index in kind if index not in shown])]
+
+    one = run(shown, packed, 1)
+    sizes = _sizes(partial(run, shown, packed), one)
+    whole = np.array([size.bytes for size in sizes.values()])
+    for left_out in unseen:  # each adds what one more of its kind does
+        more = [run(sorted([*shown, left_out[0]]), packed, pairs).bytes for pairs in sizes]
+        whole += len(left_out) * (np.array(more) - [size.bytes for size in sizes.values()])
+    tokens = tuple(size.tokens for size in sizes.values())
+    curves = [Curve(tokens, tuple(every)) for every in whole.T.tolist()]
+    return Activations(*curves, packed=packed, hidden_dtype=one.hidden_dtype)
+
+
+def takes_packed(policy: Policy, card: Facts) -> bool:
+    """Whether every block hands its segments and its window to attention. `find_layout`, which has weights, compares
+    numbers, too.
+    """
+    model = base_model(policy.model)
+    shown = _shown(block_kinds(model))
+    try:
+        seen = _run(policy, PROBE, card, None, time.monotonic() + PATIENCE, shown, True, 1)
+    except (CannotPack, ValueError):
+        return False
+    return seen.attention_calls == (len(shown) or _text_config(model).num_hidden_layers) and seen.windows_known
+
+
+def _shown(kinds: list[list[int]], every: int = 1, offload: bool = False) -> list[int]:
+    """The blocks that are run: the first of each kind, and the second of all, as under adapters the first has an input
+    without gradient and its peak elsewhere. With inputs on the host the third, too: two are on the device at a time.
+    Where some blocks checkpoint, the last two of both sorts besides: the peak is in one of them, and all that is between
+    only adds what it keeps.
+    """
+    shown = {index for kind in kinds for index in kind if index == kind[0] or index == 1 or (offload and index == 2)}
+    last = max((kind[-1] for kind in kinds), default=0)
+    return sorted(shown | ({last, last - last % every} if every > 1 and kinds else set()))
+
+
+def _sizes(run: Callable[[int], Measured], one: Measured) -> dict[int, Measured]:
+    """By the number of pairs, smallest first: as many micro-batches as the curves through them need."""
+    few = run(STEP)
+    if few.operations > SLOW:
+        return {1: one, STEP: few}
+    segment_by_segment = few.operations > one.operations
+    powers = max(1, math.ceil(math.log(FAR / one.tokens, STEP)))
+    pairs = [STEP**power for power in range(powers + 1) if not segment_by_segment or STEP**power <= FEW]
+    last = run(pairs[-1])
+    chord = one.bytes + (last.bytes - one.bytes) * (few.tokens - one.tokens) / (last.tokens - one.tokens)
+    if np.allclose(chord, few.bytes, rtol=1e-4):  # rounding; what bends upwards and touches its chord is straight
+        return {1: one, pairs[-1]: last}
+    return {1: one, STEP: few, **{count: run(count) for count in pairs[2:-1]}, pairs[-1]: last}
+
+
+def block_kinds(model: nn.Module, every: int = 1) -> list[list[int]]:
+    """Indices of the blocks, those together that have the same parameters and type, and checkpoint alike where one of
+    `every` does; none where they are not found.
+    """
     blocks, config = _blocks(model), _text_config(model)
     if blocks is None:
         return []
@@ -108,27 +187,8 @@ def block_kinds(model: nn.Module) -> list[list[int]]:
     kinds: dict[Any, list[int]] = {}
     for index, block in enumerate(blocks):
         shapes = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters())
-        kinds.setdefault((type(block), types[index], shapes), []).append(index)
+        kinds.setdefault((type(block), types[index], index % every == 0, shapes), []).append(index)
     return list(kinds.values())
-
-
-def _first_run(
-    run: Callable[[Sequence[int], bool], list[Measured]], blocks: Sequence[int], layers: int, packed: bool | None
-) -> tuple[bool, list[Measured]]:
-    """-> whether pairs are packed, and two sizes of micro-batch run so. Where it is not said, they are packed if every
-    block hands its segments to attention; `find_layout`, which has weights, compares numbers, too.
-    """
-    if packed is not False:
-        try:
-            measured = run(blocks, True)
-            if packed or measured[0].attention_calls == layers:
-                return True, measured
-        except CannotPack:
-            pass
-        except ValueError:
-            if packed:
-                raise
-    return False, run(blocks, False)
 
 
 def _text_config(model: Any) -> Any:
@@ -142,10 +202,17 @@ def _blocks(model: Any) -> nn.ModuleList | None:
 
 
 def _run(
-    policy: Policy, pair: Pair, card: Facts, checkpoint: bool, blocks: Sequence[int], packed: bool
-) -> list[Measured]:
-    """These blocks of the policy on fake tensors, with a few pairs and with twice as many."""
-    pairs = [pair] * min(PAIRS, math.ceil(TOKENS / (len(pair.prompt) + len(pair.chosen) + len(pair.rejected))))
+    policy: Policy,
+    pair: Pair,
+    card: Facts,
+    checkpoint: Mapping[str, Any] | None,
+    deadline: float,
+    blocks: Sequence[int],
+    packed: bool,
+    pairs: int,
+) -> Measured:
+    """These blocks of the policy on fake tensors, with so many pairs."""
+    name = type(base_model(policy.model)).__name__
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         try:
             copied = Policy(fake_copy(base_model(policy.model), blocks), policy.autocast, policy.noisy).train()
@@ -153,17 +220,33 @@ def _run(
                 copied.asked_attention = None  # torch's own keeps the same, and takes tensors without data
             if not policy.noisy:
                 stack.enter_context(without_dropout(copied))
-            if checkpoint:
-                stack.enter_context(checkpointing(copied, None))
-            batches = [pack(every) if packed else pad(every) for every in (pairs, 2 * pairs)]
-            return [measure_step(copied, batch, card) for batch in batches]
+            if checkpoint is not None:
+                stack.enter_context(_checkpointing(copied, checkpoint, blocks))
+            return measure_step(copied, (pack if packed else pad)([pair] * pairs), card, deadline)
         except (CannotPack, torch.OutOfMemoryError):
             raise
+        except TooSlow:
+            raise ValueError(
+                f"the memory of {name} cannot be planned within {PATIENCE} s: set max_tokens_per_microbatch"
+            ) from None
         except Exception as failure:  # any model's code may stumble over tensors without data
             raise ValueError(
-                f"the memory of {type(base_model(policy.model)).__name__} cannot be planned, as it does not run on "
-                f"tensors without data ({type(failure).__name__}: {failure}): set max_tokens_per_microbatch"
+                f"the memory of {name} cannot be planned, as it does not run on tensors without data "
+                f"({type(failure).__name__}: {failure}): set max_tokens_per_microbatch"
             ) from failure
+
+
+@contextmanager
+def _checkpointing(copied: Policy, options: Mapping[str, Any], blocks: Sequence[int]) -> Iterator[None]:
+    """`checkpointing` of a copy that has these blocks of the model."""
+    every = options.get("every_n_layers", 1)
+    with checkpointing(copied, options):  # raises where blocks cannot be told apart
+        pass
+    with checkpointing(copied, {**options, "every_n_layers": 1}):
+        own = [module for module in copied.checkpointed if isinstance(module, GradientCheckpointingLayer)]
+        left_out = {id(block) for index, block in zip(blocks or range(len(own)), own, strict=False) if index % every}
+        copied.checkpointed = [module for module in copied.checkpointed if id(module) not in left_out]
+        yield
 
 
 def fake_copy(model: Any, blocks: Sequence[int]) -> Any:
@@ -176,6 +259,8 @@ def fake_copy(model: Any, blocks: Sequence[int]) -> Any:
     memo: dict[int, Any] = {}
     for module in model.modules():
         if id(module) not in left_out:
+            if is_quantized(module):  # what has its scales is not copied
+                memo |= {id(value): value for value in vars(module).values() if _is_state(value)}
             held = chain(module.parameters(recurse=False), module.buffers(recurse=False), vars(module).values())
             memo |= {id(t): _fake(t) for t in held if isinstance(t, Tensor) and id(t) not in memo}
     if every is not None:
@@ -189,7 +274,14 @@ def fake_copy(model: Any, blocks: Sequence[int]) -> Any:
     for parameter in copied.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)
+    for module in copied.modules():
+        if is_quantized(module):
+            module.forward = MethodType(_eight_bit if hasattr(module, "state") else _four_bit, module)
     return copied
+
+
+def _is_state(value: Any) -> bool:
+    return type(value).__module__.startswith("bitsandbytes.")
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -197,27 +289,34 @@ def _fake(tensor: Tensor) -> Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def measure_step(policy: Policy, batch: PreferenceBatch, card: Facts) -> Measured:
-    """Runs the policy's backbone forward and backward, the head's kernels left out; its tensors may be fake or real."""
+def measure_step(policy: Policy, batch: PreferenceBatch, card: Facts, deadline: float = math.inf) -> Measured:
+    """Runs the policy's backbone forward and backward, the head's kernels left out; its tensors may be fake or real.
+
+    Raises TooSlow at the deadline.
+    """
     marks: list[float] = []
     gradients = (p.grad for p in policy.parameters() if p.grad is not None)
     outside = chain(policy.parameters(), policy.buffers(), gradients)
-    with pretend(card), packed_calls() as calls, _as_cuda_casts(policy.checkpointed), Alive(outside) as alive:
+    alive = Alive(outside, deadline)
+    _leave_out_host_copies(policy.checkpointed, alive)
+    with pretend(card), packed_calls() as calls, _as_cuda_casts(policy.checkpointed), alive:
         with torch.autocast("cpu", policy.autocast) if policy.autocast else nullcontext():
             head = output_head(base_model(policy.model))
             with _at_embedding(policy, lambda: marks.append(alive.start_peak())):
                 hidden = policy.hidden_rows(batch)
             dtype, forward, at_head, count = hidden.dtype, alive.start_peak(), alive.now, calls.count
-            result = _Head.apply(hidden, head.weight)
+            result = _Head.apply(hidden.to(policy.autocast or dtype), head.weight)  # as linear_logps has it
         del hidden, head
         kept, attention = alive.now, alive.attention
         alive.start_peak()
         result.backward()
         last = alive.start_peak()
     backward = marks[-1] if marks else last
-    return Measured(
-        np.array([forward, at_head, kept, attention, backward, last]), batch.input_ids.numel(), dtype, count
-    )
+    every = np.array([forward, at_head, kept, attention, backward, last])
+    text = _text_config(base_model(policy.model))
+    declared = declared_windows(text)  # a config without a type a layer has those of all of the model's layers
+    known = calls.windows == (declared if getattr(text, "layer_types", None) else declared[:count])
+    return Measured(every, batch.input_ids.numel(), dtype, count, known, alive.operations)
 
 
 @contextmanager
@@ -264,10 +363,11 @@ class _Head(torch.autograd.Function):
 class Alive(TorchDispatchMode):
     """Within it, follows the storages that operations make: how many bytes are alive, and the most since a mark."""
 
-    def __init__(self, outside: Iterator[Tensor]) -> None:
-        """`outside`: tensors that are not counted, nor views of them."""
+    def __init__(self, outside: Iterator[Tensor], deadline: float = math.inf) -> None:
+        """`outside`: tensors that are not counted, nor views of them; `deadline`: of time.monotonic, to raise at."""
         super().__init__()
-        self.now = self.peak = self.attention = 0
+        self.deadline, self.on_device = deadline, True  # what is made while on_device is False is not counted
+        self.now = self.peak = self.attention = self.operations = 0
         self._keys = {tensor.untyped_storage()._cdata for tensor in outside}
 
     def start_peak(self) -> int:
@@ -277,20 +377,25 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        self.operations += 1
         if name == "_efficient_attention_backward":  # torch's own for tensors without data stumbles over its `scale`
             gradient, *operands = args[:4]
             result = (*(torch.empty_like(operand) for operand in operands), gradient.new_empty(0))
+        elif name == "_grouped_mm":  # torch's own for tensors without data takes bf16 only
+            result = _grouped_product(*args[:3])
         else:
             result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage(), name in _ATTENTION)
+                if time.monotonic() > self.deadline:  # not where a device is asked for: torch aborts the process there
+                    raise TooSlow
         if name in _INSIDE:
             self.peak = max(self.peak, self.now + _INSIDE[name](*args))
         return result
 
     def _note(self, storage: Any, attention: bool) -> None:
-        key, size = storage._cdata, -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+        key, size = storage._cdata, -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT * self.on_device
         if key in self._keys:
             return
         self._keys.add(key)
@@ -304,6 +409,82 @@ class Alive(TorchDispatchMode):
             self.attention -= size * attention
 
         weakref.finalize(storage, gone).atexit = False
+
+
+def _grouped_product(left: Tensor, right: Tensor, offsets: Tensor | None) -> Tensor:
+    """Rows of `left` in groups, each with a matrix of its own; where both have two dimensions, a matrix a group."""
+    rows, columns = left.shape[-2], right.shape[-1]
+    groups = left.shape[:-2] or right.shape[:-2] if left.ndim == right.ndim else ()
+    if left.ndim == right.ndim == 2 and offsets is not None:
+        groups = offsets.shape
+    return left.new_empty(*groups, rows, columns)
+
+
+def _leave_out_host_copies(checkpointed: Sequence[Any], alive: Alive) -> None:
+    """Copies of block inputs on the host are not counted."""
+    functions = {id(f): f for block in checkpointed if isinstance(f := block._gradient_checkpointing_func, HostCopies)}
+    for copies in functions.values():
+        keep = copies._keep
+
+        def keep_beside(tensor: Tensor, copies: Any = copies, keep: Any = keep) -> Any:
+            if (before := copies.last()) is not None:
+                alive.on_device = False
+                before.send()
+                alive.on_device = True
+            return keep(tensor)
+
+        copies._keep = keep_beside
+
+
+class _FourBit(torch.autograd.Function):
+    """x W' of a 4-bit weight (O, I): it is dequantised each way, by way of its scales in fp32, and nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.shape = shape
+        return x @ _dequantized(x, shape).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ _dequantized(gradient, ctx.shape), None
+
+
+def _dequantized(like: Tensor, shape: tuple[int, int]) -> Tensor:
+    scales = like.new_empty(math.prod(shape) // 64, dtype=torch.float32)
+    weight = like.new_empty(shape)
+    del scales
+    return weight
+
+
+def _four_bit(self: Any, x: Tensor) -> Tensor:
+    """The forward of bitsandbytes' Linear4bit."""
+    dtype = self.compute_dtype or x.dtype
+    product = _FourBit.apply(x.to(dtype), (self.out_features, self.in_features))
+    return (product if self.bias is None else product + self.bias.to(dtype)).to(x.dtype)
+
+
+class _EightBit(torch.autograd.Function):
+    """x W' of an int8 weight (O, I) as bitsandbytes 0.50 has it: its rows are quantised, products are int32, and x is
+    kept: by a way around autograd's saved tensors, so that checkpointing does not free it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.x, ctx.shape = x, shape
+        rows = x.to(torch.float16).to(torch.int8)
+        sums = rows.new_empty(*rows.shape[:-1], shape[0], dtype=torch.int32)
+        return sums.to(torch.float16).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ gradient.new_empty(ctx.shape), None
+
+
+def _eight_bit(self: Any, x: Tensor) -> Tensor:
+    """The forward of bitsandbytes' Linear8bitLt, which keeps which columns have outliers: few, here one."""
+    self.outliers = x.new_empty(1, dtype=torch.int64)
+    product = _EightBit.apply(x, (self.out_features, self.in_features))
+    return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 _ATTENTION = ("_flash_attention_forward", "_efficient_attention_forward")

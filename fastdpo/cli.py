@@ -149,19 +149,14 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
         tables = [build.build_table(rows, tokenizer, config, "train", config.dataset_train_split)]
         tables += build.build_eval_tables(held_out, tokenizer, config).values()
 
-    def planned(packed: bool) -> memory.Plan:
-        return memory.plan_memory(
-            load_model_config(inputs.model, config),
-            config,
-            memory=device.memory_bytes,
-            device=device,
-            ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config),
-            lengths=memory.PairLengths.of_tables(tables, config, packed),
-        )
-
-    made = planned(packed=True)
-    if tables and not made.activations.packed:  # another pair may be the longest
-        made = planned(packed=False)
+    made = memory.plan_memory(
+        load_model_config(inputs.model, config),
+        config,
+        memory=device.memory_bytes,
+        device=device,
+        ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config),
+        tables=tables,
+    )
     if not here:
         print(f"a card like the {name}, with {device.memory_bytes / 2**30:.4g} GiB:")
     print("\n".join(made.lines()))

@@ -154,7 +154,7 @@ def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, to
     except Exception as failure:  # any code may stumble over our keywords and the missing mask: that is the answer
         return f"{type(model).__name__} fails on a packed batch: {type(failure).__name__}: {failure}"
     config = model.config.get_text_config()
-    layers, windows = config.num_hidden_layers, _declared_windows(config)
+    layers, windows = config.num_hidden_layers, declared_windows(config)
     if calls.count != layers:
         return (
             f"{calls.count} of {layers} layers of {type(model).__name__} take part in transformers' attention interface"
@@ -168,7 +168,7 @@ def _why_not_packed(policy: Policy, batch: PreferenceBatch, expected: Tensor, to
     return ""
 
 
-def _declared_windows(config: Any) -> list[int]:
+def declared_windows(config: Any) -> list[int]:
     """How far back each layer sees that does not see everything."""
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     if kinds := getattr(config, "layer_types", None):

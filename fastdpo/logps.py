@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.model import backbone, base_model, output_head
+from fastdpo.patching import rounding
 from fastdpo.quantized import keep_unpacked
 from fastdpo_kernels.linear_logps import linear_logps
 
 IGNORED = -100
-# Rounding of two right computations of a log-prob, relative to the largest logit.
-BOUNDS = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 CHECKED_TOKENS = 8
 
 _checked: WeakSet[nn.Module] = WeakSet()
@@ -47,15 +46,19 @@ def token_logps(
     A model's first call is compared with the model's own logits on a few tokens, in evaluation mode. It also keeps
     bitsandbytes from packing 4-bit weights for the CPU, which makes later gradients wrong.
 
-    Raises ValueError for a model that is no decoder-only language model with a dense head, is wrapped (DDP, FSDP) or
-    has virtual tokens, and for shapes that do not fit; RuntimeError where the model's own log-probs are others.
+    Not supported: double backward, and torch.func transforms of patched models.
+
+    Raises ValueError for a model that is no decoder-only language model with a dense head, is wrapped (DDP, FSDP,
+    torch.compile) or has virtual tokens, and for shapes that do not fit; RuntimeError where the model's own log-probs
+    are others, or not finite.
     """
     _check_model(model)
     _check_inputs(input_ids, attention_mask, labels)
     if model not in _checked and not torch.compiler.is_compiling():
         keep_unpacked(model)
-        _compare_with_logits(model, input_ids[:1, :CHECKED_TOKENS])
-        _checked.add(model)
+        if len(few := input_ids[:1, :CHECKED_TOKENS]) and few.shape[1] > 1:
+            _compare_with_logits(model, few)
+            _checked.add(model)
     return _token_logps(model, input_ids, attention_mask, labels)
 
 
@@ -79,9 +82,11 @@ def _token_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | N
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, (PreTrainedModel, PeftModel)):
-        inside = " Give the model inside, and know that its gradients are then those of one process." * hasattr(
-            model, "module"
-        )
+        inside = ""
+        if hasattr(model, "_orig_mod"):
+            inside = " Give model._orig_mod, the model before torch.compile."
+        elif hasattr(model, "module"):
+            inside = " Give the model inside, and know that its gradients are then those of one process."
         raise ValueError(f"model is a {type(model).__name__}, expected a PreTrainedModel or a PeftModel.{inside}")
     if getattr(model, "peft_type", None) is not None and getattr(model.active_peft_config, "is_prompt_learning", False):  # type: ignore[union-attr]
         raise ValueError(
@@ -108,8 +113,6 @@ def _check_inputs(input_ids: Tensor, attention_mask: Tensor | None, labels: Tens
 
 def _compare_with_logits(model: nn.Module, input_ids: Tensor) -> None:
     """Raises RuntimeError where the head has a form that `output_head` does not know."""
-    if input_ids.shape[1] < 2 or not len(input_ids):
-        return
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -120,12 +123,13 @@ def _compare_with_logits(model: nn.Module, input_ids: Tensor) -> None:
         for module, training in modes.items():
             module.training = training
     expected = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None].long())[..., 0]
-    device = input_ids.device.type
+    if not expected.isfinite().all():
+        raise RuntimeError(
+            f"the log-probs of {type(base_model(model)).__name__}'s own logits are not finite: its weights hold NaN or "
+            f"infinities, or what it computes overflows {next(model.parameters()).dtype}"
+        )
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    dtypes |= {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set()
-    bound = max(BOUNDS.get(dtype, 0.0) for dtype in dtypes)
-    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        bound = max(bound, 4e-3)
+    bound = rounding(input_ids.device.type, dtypes)  # relative to the largest logit
     error, allowed = float((logps - expected).abs().max()), bound * max(float(logits.abs().max()), 1.0)
     if not error <= allowed:
         raise RuntimeError(

@@ -1,6 +1,6 @@
 """Where a run's memory goes, and what fits: the plan, from a model's config alone or from a loaded model.
 
-Weights, gradients and optimizer states are counted exactly. What a micro-batch keeps is a line in its tokens, which
+Weights, gradients and optimizer states are counted exactly. What a micro-batch needs is a curve over its tokens, which
 activations.py finds; the LM head's share follows from `linear_logps`. The rest, what CUDA itself takes and what torch's
 allocator loses between blocks, is a reserve. The token budget of a micro-batch is the most tokens that the rest of the
 card has room for.
@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.quantizers import AutoHfQuantizer
 
-from fastdpo.activations import Activations, measure_activations
+from fastdpo.activations import Activations, measure_activations, takes_packed
 from fastdpo.attention_backends import Facts, choose, device_facts
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths
@@ -41,6 +43,7 @@ from fastdpo.model import (
     output_head,
     prepare_precision,
 )
+from fastdpo.quantized import is_quantized, quantization, quantized_by
 from fastdpo_kernels import launch
 
 GiB, MiB = 2**30, 2**20
@@ -73,6 +76,17 @@ STATE_BYTES = {
     "sgd": 0.0,
     "adafactor": 0.0,  # a row and a column of each matrix
 }
+# Settings that `memory="auto"` tries, fastest first: a block's second forward costs time, its input's way over the bus
+# costs more only where the block is done sooner.
+_CHECKPOINT = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading")
+LADDER: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("no checkpointing", (False, None, False)),
+    ("every 4th block checkpointed", (True, {"every_n_layers": 4}, False)),
+    ("every 3rd block checkpointed", (True, {"every_n_layers": 3}, False)),
+    ("every 2nd block checkpointed", (True, {"every_n_layers": 2}, False)),
+    ("every block checkpointed", (True, None, False)),
+    ("every block checkpointed, inputs on the host", (True, None, True)),
+)
 _IN_LISTS = ("adamw_torch", "rmsprop", "adagrad")  # updates that make a temporary copy of all they update
 
 
@@ -121,7 +135,9 @@ class PairLengths:
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """What `linear_logps` needs by its scored rows, in bytes. See head_streamed.py, whose allocations these are."""
+    """What `linear_logps` needs by its scored rows, in bytes: the allocations of head_streamed.py, but for statistics,
+    which take 4 bytes a row each.
+    """
 
     vocabulary: int
     hidden_size: int
@@ -155,25 +171,30 @@ class HeadMemory:
         size = launch.row_stride(self.vocabulary) * self.compute.itemsize
         return scored * size <= self.workspace(scored)
 
+    def numbers(self, scored: int) -> int:
+        """Log-probs, and what a head that trains keeps of each row: peak, total and complement."""
+        return 4 * scored * (4 if self.trains else 1)
+
     def forward(self, scored: int) -> int:
         """The copies that products need, a chunk's logits, and d logp / d h where the head is frozen."""
         copies = self.cast + (self.rows(scored) if self.given != self.compute else 0)
         jacobian = 0 if self.trains else self.rows(scored)
-        return copies + self.workspace(scored) + jacobian
+        return copies + self.workspace(scored) + jacobian + self.numbers(scored)
 
     def backward(self, scored: int) -> int:
         """Beside what is kept: a frozen head has d logp / d h and scales it; one that trains computes logits again, and
         the gradient of its weight beside the one that is there already.
         """
         if not self.trains:
-            return 2 * self.rows(scored)
-        chunk = self.workspace(scored)
-        sums = self.vocabulary * self.hidden_size * 4
-        if self.in_one_chunk(scored) and self.compute != torch.float32:
-            sums += self.vocabulary * self.hidden_size * self.compute.itemsize
+            return 2 * self.rows(scored) + self.numbers(scored)
+        weight, chunk = self.vocabulary * self.hidden_size, self.workspace(scored)
+        result = self.rows(scored) + self.numbers(scored) + 4 * scored  # those that came in
         scaled = chunk // (launch.row_stride(self.vocabulary) * self.compute.itemsize) * self.rows(1)
-        converted = self.rows(scored) if self.given != self.compute else 0
-        return self.cast + chunk + sums + scaled + self.rows(scored) + converted
+        if not self.in_one_chunk(scored):
+            return self.cast + chunk + 4 * weight + 2 * scaled + result  # this chunk's rows beside the last one's
+        product = weight * self.compute.itemsize
+        in_fp32 = 0 if self.compute == torch.float32 else 4 * weight  # made when the copy and the logits are gone
+        return product + result + max(self.cast + chunk + scaled, in_fp32)
 
 
 @dataclass(frozen=True)
@@ -199,7 +220,8 @@ class Plan:
     batch_pairs: int = 1  # of an optimizer batch
     given_budget: int | None = None  # max_tokens_per_microbatch
     notes: tuple[str, ...] = ()
-    settings_to_change: tuple[str, ...] = field(default=())  # where it does not fit
+    ladder: tuple[str, ...] = ()  # of memory="auto", a line a setting
+    settings_to_change: tuple[str, ...] = ()  # where it does not fit
 
     @property
     def fixed(self) -> int:
@@ -222,15 +244,9 @@ class Plan:
             "the embedding's backward": self.activations.last(tokens),
         }
 
-    def allocated(self, tokens: int, accumulating: bool = True) -> int:
-        """What torch allocates at the most. `accumulating`: an optimizer batch is several micro-batches; in a single
-        one gradients come while activations go.
-        """
-        peaks = self.peaks(tokens)
-        if not accumulating:
-            last = peaks.pop("the embedding's backward") - self.activations.last.fixed  # which is a gradient's own
-            peaks = {name: peak - self.gradients for name, peak in peaks.items()} | {"the end": last}
-        return self.fixed + round(max(*peaks.values(), self.update))
+    def allocated(self, tokens: int) -> int:
+        """What torch allocates at the most."""
+        return self.fixed + round(max(*self.peaks(tokens).values(), self.update))
 
     def total(self, tokens: int) -> int:
         loading = self.weights + self.adapters + self.ahead + self.products + self.head.workspace(self.scored(tokens))
@@ -305,7 +321,7 @@ class Plan:
             lines.append(f"it fits, with max_tokens_per_microbatch={self.token_budget}")
         else:
             lines.append("it fits" if self.fits else "it does not fit:")
-        return lines + [f"  {sentence}" for sentence in (*self.notes, *self.settings_to_change)]
+        return [*lines, *self.ladder] + [f"  {sentence}" for sentence in (*self.notes, *self.settings_to_change)]
 
 
 # ---- the plan of a run
@@ -319,23 +335,29 @@ def plan_memory(
     device: launch.Device,
     peft_config: Any = None,
     ref_config: Any = None,  # the model config of a given reference model
-    lengths: PairLengths | None = None,
+    tables: Iterable[Any] = (),  # tokenized pairs, whose longest counts
+    lengths: PairLengths | None = None,  # in place of tables
 ) -> Plan:
     """The plan from the model's config alone: no weights are loaded, and no GPU is needed.
 
-    Raises ValueError for a model that does not run on tensors without data.
+    Raises ValueError for a model that does not run on tensors without data, or takes too long to.
     """
-    lengths = lengths or PairLengths.of_config(config)
+    config, tables = copy.copy(config), list(tables)
+    if peft_config is None and (config.quantizes or quantized_by(model_config)):
+        config.use_peft = True  # as a run sees to it
 
     def plan_of(config: DPOConfig) -> Plan:
         policy = meta_policy(model_config, config, peft_config)
+        facts = _facts_of_card(device, _products(policy))
+        packed = takes_packed(policy, facts)
+        longest = lengths or PairLengths.of_tables(tables, config, packed)
         reference = _reference_bytes(policy, ref_config, config)
         freed = bool(config.precompute_ref_log_probs or config.ref_log_probs)
         stays, ahead = (0, reference) if freed else (reference, 0)
-        plan = _plan(policy, config, lengths, device, memory=memory, reference=stays, ahead=ahead)
+        plan = _plan(policy, config, longest, packed, facts, device, memory=memory, reference=stays, ahead=ahead)
         return replace(plan, context=CONTEXT)
 
-    plan = plan_of(config)
+    plan, config = climb(plan_of, config, to_the_end=True)
     return plan if plan.fits else replace(plan, settings_to_change=tuple(_advice(plan, config, plan_of)))
 
 
@@ -346,34 +368,72 @@ def plan_run(
     lengths: PairLengths,
     packed: bool,
 ) -> Plan:
-    """The plan of a run whose models are loaded on a CUDA device: of its own memory and what is free on the card."""
+    """The plan of a run whose models are loaded on a CUDA device: of its own memory and what is free on the card.
+
+    With memory="auto" it sets the config's checkpointing.
+    """
     device = config.device
     free, _ = torch.cuda.mem_get_info(device)
     separate = 0 if reference is None or reference is policy else tensor_bytes(reference)
     others = max(0, torch.cuda.memory_allocated(device) - tensor_bytes(policy) - separate)  # of this process
     memory = free + torch.cuda.memory_reserved(device) - others
-    return _plan(
-        policy,
-        config,
-        lengths,
-        launch.device_of(device),
-        memory=memory,
-        reference=separate,
-        packed=packed,
-        facts=device_facts(device, policy.autocast or torch.float32),
-    )
+    facts, card = device_facts(device, policy.autocast or torch.float32), launch.device_of(device)
+
+    def plan_of(config: DPOConfig) -> Plan:
+        return _plan(policy, config, lengths, packed, facts, card, memory=memory, reference=separate)
+
+    plan, chosen = climb(plan_of, config)
+    for name in _CHECKPOINT:
+        setattr(config, name, getattr(chosen, name))
+    return plan
+
+
+def climb(plan_of: Callable[[DPOConfig], Plan], config: DPOConfig, to_the_end: bool = False) -> tuple[Plan, DPOConfig]:
+    """-> the plan, and the config that it is of: with memory="auto" the first of LADDER by which the longest pair fits,
+    or the last; otherwise `config` itself. `to_the_end`: what comes after it is planned, too, to be shown.
+    """
+    if config.memory != "auto":
+        return plan_of(config), config
+    found: tuple[Plan, DPOConfig] | None = None
+    lines, enough, reason = [], False, None
+    for words, values in LADDER:
+        tried = copy.copy(config)
+        for name, value in zip(_CHECKPOINT, values, strict=True):
+            setattr(tried, name, value)
+        try:
+            plan = plan_of(tried)
+        except ValueError as failure:  # this model's blocks cannot be told apart, or not be checkpointed
+            lines.append(f"  {words}: {failure}")
+            reason = failure
+            continue
+        tokens = plan.lengths.tokens(plan.activations.packed)
+        first = not enough and plan.longest_pair >= tokens
+        chosen = ", taken" if first else ""
+        lines.append(
+            f"  {words}: {plan.total(tokens) / GiB:.2f} GiB for a pair of {tokens} tokens, pairs of up to "
+            f"{plan.longest_pair} fit{chosen}"
+        )
+        found = found if enough else (plan, tried)
+        enough = enough or first
+        if enough and not to_the_end:
+            break
+    if found is None:
+        raise ValueError(str(reason)) from reason
+    lines = ["memory='auto', of these settings the first by which the longest pair fits:", *lines]
+    return replace(found[0], ladder=tuple(lines)), found[1]
 
 
 def meta_policy(model_config: Any, config: DPOConfig, peft_config: Any = None) -> Policy:
     """The policy as `build_policy` makes it, without a byte of weights."""
     adapters = peft_config is not None or config.use_peft
+    compute = compute_dtype(config)
     if hasattr(peft_config, "init_lora_weights"):  # PiSSA and its like decompose weights, which are not there
         peft_config = copy.copy(peft_config)
         peft_config.init_lora_weights = True
     model: Any = meta_model(model_config, config, load_dtype(config, adapters))
     with torch.device("meta"):
         model = add_adapters(model, peft_config, config)
-    autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
+    autocast = None if compute == torch.float32 else compute
     prepare_precision(model, autocast)
     return Policy(model, autocast, noisy=not config.disable_dropout).train()
 
@@ -384,14 +444,72 @@ def meta_model(model_config: Any, config: DPOConfig, dtype: torch.dtype) -> nn.M
     options = {"trust_remote_code": config.trust_remote_code, "dtype": more.get("dtype", dtype)}
     if config.attn_implementation == "eager":  # which is another backend; what others keep is alike
         options["attn_implementation"] = "eager"
+    model_config = copy.deepcopy(model_config)
+    asked = quantization(config, compute_dtype(config))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(model_config), **options)
+        model = AutoModelForCausalLM.from_config(model_config, **options)
+        if given := asked or getattr(model_config, "quantization_config", None):
+            _quantize(model, AutoHfQuantizer.from_config(given, pre_quantized=False))
+    return model
+
+
+def _quantize(model: Any, quantizer: Any) -> None:
+    """What loading with this quantizer makes of the model's linear layers, on the meta device."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit  # it takes seconds to import
+
+    make: Any = Params4bit  # whose arguments are those of __new__
+
+    quantizer.preprocess_model(model, device_map=None)
+    quantizer._process_model_after_weight_loading(model)
+    for module in model.modules():
+        if not is_quantized(module):
+            continue
+        module.requires_grad_(False)
+        shape = module.out_features, module.in_features
+        numbers = partial(torch.empty, dtype=torch.float32)
+        if not isinstance(module, Linear4bit):
+            module.weight = Int8Params(torch.empty(shape, dtype=torch.int8), requires_grad=False)
+            module.state.SCB = numbers(shape[0])
+            continue
+        old: Any = module.weight
+        blocks = -(-math.prod(shape) // old.blocksize)
+        state = QuantState(numbers(blocks), torch.Size(shape), numbers(16), old.blocksize, old.quant_type)
+        if old.compress_statistics:
+            state.state2 = QuantState(numbers(-(-blocks // 256)), code=numbers(256), blocksize=256)
+            state.absmax, state.offset, state.nested = torch.empty(blocks, dtype=torch.uint8), numbers(()), True
+        packed = torch.empty((math.prod(shape) + 1) // (2 * old.quant_storage.itemsize), 1, dtype=old.quant_storage)
+        module.weight = make(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+            module=module,
+            bnb_quantized=True,
+        )
 
 
 def tensor_bytes(module: nn.Module, trained: bool | None = None) -> int:
-    """Of parameters and buffers, each once; `trained` takes only those that train, or only those that do not."""
-    tensors = [*module.parameters(), *module.buffers()]
+    """Of parameters and buffers, each once, and the scales of quantised weights; `trained` takes only those that train,
+    or only those that do not.
+    """
+    tensors = [*module.parameters(), *module.buffers(), *quantized_scales(module)]
     return sum(tensor.nbytes for tensor in tensors if trained is None or tensor.requires_grad == trained)
+
+
+def quantized_scales(module: nn.Module) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside its weights: absmax, their own scales, code tables; each once."""
+    found: list[Any] = []
+    for layer in module.modules():
+        if not is_quantized(layer):
+            continue
+        states = [getattr(layer.weight, "quant_state", None), getattr(layer, "state", None), layer.weight]
+        states.append(getattr(states[0], "state2", None))
+        found += [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset", "SCB")]
+    return list({id(tensor): tensor for tensor in found if isinstance(tensor, torch.Tensor)}.values())
 
 
 def _reference_bytes(policy: Policy, ref_config: Any, config: DPOConfig) -> int:
@@ -403,28 +521,32 @@ def _reference_bytes(policy: Policy, ref_config: Any, config: DPOConfig) -> int:
     return 0 if isinstance(policy.model, PeftModel) else tensor_bytes(policy)
 
 
+def _products(policy: Policy) -> torch.dtype:
+    return policy.autocast or next(p.dtype for p in policy.parameters() if p.is_floating_point())
+
+
 def _plan(
     policy: Policy,
     config: DPOConfig,
     lengths: PairLengths,
+    packed: bool,
+    facts: Facts,
     device: launch.Device,
     *,
     memory: int,
     reference: int,
     ahead: int = 0,
-    packed: bool | None = None,
-    facts: Facts | None = None,
 ) -> Plan:
-    compute = policy.autocast or next(p.dtype for p in policy.parameters() if p.is_floating_point())
-    facts = facts or _facts_of_card(device, compute)
+    compute = _products(policy)
     checkpoint = bool(config.gradient_checkpointing) or checkpoints_already(policy.model)
-    activations = measure_activations(policy, lengths.pair, facts, checkpoint, packed)
+    options = config.checkpoint_options if checkpoint else None
+    activations = measure_activations(policy, lengths.pair, facts, packed, options)
     trained = tensor_bytes(policy, trained=True)
     numbers = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     adapters = trained if isinstance(policy.model, PeftModel) else 0
     states, note = optimizer_bytes(config, numbers)
     return Plan(
-        model=_in_words(policy, numbers, compute, checkpoint, config),
+        model=_in_words(policy, numbers, compute, options, config),
         memory=memory,
         lengths=lengths,
         weights=tensor_bytes(policy) - adapters,
@@ -480,12 +602,19 @@ def _head_memory(policy: Policy, hidden: torch.dtype, compute: torch.dtype, devi
     return HeadMemory(vocabulary, hidden_size, compute, hidden, weight.dtype, trains, device)
 
 
-def _in_words(policy: Policy, trained: int, compute: torch.dtype, checkpoint: bool, config: DPOConfig) -> str:
+def _in_words(
+    policy: Policy, trained: int, compute: torch.dtype, options: Mapping[str, Any] | None, config: DPOConfig
+) -> str:
     model = base_model(policy.model)
-    every = sum(parameter.numel() for parameter in policy.parameters())
+    every = model.num_parameters()  # which counts what is packed in one element of 4-bit weights
+    checkpoint = "off"
+    if options is not None:
+        of = {1: "on", 2: "every 2nd block", 3: "every 3rd block"}
+        number = options.get("every_n_layers", 1)
+        checkpoint = of.get(number, f"every {number}th block") + (", inputs on the host" if options["offload"] else "")
     return (
         f"{type(model).__name__}: {every / 1e9:.2f}B parameters, {trained / 1e6:.1f}M train; products in "
-        f"{str(compute).removeprefix('torch.')}, gradient checkpointing {'on' if checkpoint else 'off'}, optim "
+        f"{str(compute).removeprefix('torch.')}, gradient checkpointing {checkpoint}, optim "
         f"{getattr(config.optim, 'value', config.optim)}"
     )
 
@@ -509,12 +638,12 @@ def _advice(plan: Plan, config: DPOConfig, plan_of: Callable[[DPOConfig], Plan])
         if plan.fits:
             return
     if plan.longest_pair >= 2 * USEFUL_LENGTH:
-        yield f"max_length={plan.longest_pair // 2}: longer answers are cut, then every pair fits"
+        yield f"max_length={plan.token_budget // 2}: longer answers are cut, then every pair fits"
         return
     least = (plan.allocated(plan.wanted) + plan.context) / (1 - SLACK)
     yield (
         f"all this takes a card of {least / GiB:.0f} GiB, {plan.weights / GiB:.1f} GiB of it for weights: take a "
-        "smaller model or a larger card; weights in 4 bits are not available yet"
+        "smaller model or a larger card"
     )
 
 
@@ -525,6 +654,8 @@ def _changes(plan: Plan, config: DPOConfig) -> Iterator[tuple[str, Any, str]]:
     if plan.given_budget is not None and plan.longest_pair >= plan.wanted:
         yield "max_tokens_per_microbatch", plan.token_budget, "the same results"
         return
+    if not config.activation_offloading:
+        yield "activation_offloading", True, "the same results, block inputs go over the bus"
     if plan.reference:
         yield "precompute_ref_log_probs", True, "the same results, the reference model leaves before training"
     if plan.head.compute == torch.float32 and plan.head.device.compiles and plan.head.device.arch != 75:
@@ -533,3 +664,5 @@ def _changes(plan: Plan, config: DPOConfig) -> Iterator[tuple[str, Any, str]]:
         yield "optim", "adamw_8bit", "states with fewer digits; needs bitsandbytes"
     if not plan.adapters:
         yield "use_peft", True, "trains adapters instead of all weights"
+    if not (config.quantizes or config.activation_offloading):
+        yield "load_in_4bit", True, "frozen weights with fewer digits; needs bitsandbytes"

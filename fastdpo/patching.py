@@ -8,7 +8,10 @@ ours; it runs on a view of its module that answers for LoRA and 4-bit projection
 
 Each kind of patched module compares itself at its first call with the unpatched one, on a few rows of its input, and
 raises where they differ by more than rounding: BOUNDS, relative to the largest entry. No gradient is recorded and no
-random number drawn for that.
+random number drawn for that, nothing of the model changes meanwhile, and no hook sees it: a module with hooks inside is
+left to the next of its kind.
+
+Not supported: double backward and the transforms of torch.func. Both raise.
 
 What torch.compile traces is the unpatched model, in one graph as before: the compiler fuses norms, rotations and gated
 units itself, and our launches would break its graph.
@@ -34,7 +37,8 @@ from transformers import activations
 
 from fastdpo.architectures import FAMILIES, Block, Family, Gated, Left, Norm, Rotary
 from fastdpo.messages import show_messages
-from fastdpo.projections import bound_by_others, is_linear, projection, refusal, wider, worth_it
+from fastdpo.projections import bound_by_others, has_hooks, is_linear, projection, refusal, touched, wider, worth_it
+from fastdpo.quantized import keep_unpacked
 from fastdpo_kernels.glu import glu
 from fastdpo_kernels.lora import Projection, lora_linear, lora_mlp, lora_qkv
 from fastdpo_kernels.rms_norm import rms_norm
@@ -44,9 +48,9 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("rms_norm", "glu", "rope", "lora_qkv", "lora_mlp", "lora")
 
-# How far two right computations may be apart, relative to the largest entry; 4e-3 for fp32 products in TF32.
+# How far two right computations may be apart, relative to the largest entry.
 BOUNDS = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-TF32_BOUND = 4e-3
+TF32_BOUND = 4e-3  # of fp32 products in TF32
 CHECKED_ROWS = 16
 
 
@@ -78,8 +82,9 @@ def patch(model: nn.Module) -> PatchReport:
     """Binds our forwards on the model's modules and says what it did; see the module docstring.
 
     Takes any transformers or peft model, before or after adapters are added, quantised or not. A family without a row
-    stays as it is, and the report says so. Patching twice changes nothing. Raises ValueError, before anything changes,
-    where a module or attribute that the family's row names is missing.
+    stays as it is, and the report says so. Patching twice changes nothing. bitsandbytes is kept from packing 4-bit
+    weights for the CPU, which makes later gradients wrong, and that stays after `unpatch`. Raises ValueError, before
+    anything changes, where a module or attribute that the family's row names is missing.
     """
     report = _bind(model)
     show_messages()
@@ -95,10 +100,24 @@ def patched(models: Iterable[nn.Module]) -> Iterator[list[PatchReport]]:
         reports += ((weakref.ref(model), _bind(model)) for model in models)
         del models
         yield [report for _, report in reports]
-    finally:
-        for alive, report in reports:
-            if report.bound and (model := alive()) is not None:
+    except BaseException:
+        for failure in _unpatch_all(reports):  # what is raised already matters more
+            logger.warning("%s", failure)
+        raise
+    if failures := _unpatch_all(reports):
+        raise failures[0]
+
+
+def _unpatch_all(reports: list[tuple[Callable[[], nn.Module | None], PatchReport]]) -> list[ValueError]:
+    """-> what went wrong, after every model had its turn."""
+    failures = []
+    for alive, report in reports:
+        if report.bound and (model := alive()) is not None:
+            try:
                 unpatch(model)
+            except ValueError as failure:
+                failures.append(failure)
+    return failures
 
 
 def _bind(model: nn.Module) -> PatchReport:
@@ -107,6 +126,8 @@ def _bind(model: nn.Module) -> PatchReport:
     families = tuple(dict.fromkeys(name for name, *_ in found))
     for name in families:
         _check_promises(name, FAMILIES[name], [module for row, _, module, _ in found if row == name], model)
+    if families:
+        keep_unpacked(model)
     checks, left, bound = _Checks(), _LeftAlone(), 0
     forwards: dict[tuple[type, Any], Callable] = {}
     for _, name, module, piece in found:
@@ -125,7 +146,7 @@ def _bind(model: nn.Module) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Takes our forwards away: the model is as before `patch`. Nothing happens to a model that was not patched.
+    """Takes our forwards away: the model computes as before `patch`. Nothing happens to a model that was not patched.
 
     Raises ValueError, before anything changes, where something else has wrapped one of them since.
     """
@@ -194,15 +215,19 @@ def _why_not(module: nn.Module, piece: Any) -> str:
     if bound_by_others(module):
         return "a forward bound by others"
     if isinstance(piece, Gated) and _activation(module, piece) is None:
-        return f"{type(getattr(module, piece.activation)).__name__} has no kernel"
+        act = getattr(module, piece.activation)
+        why = touched(act) if isinstance(act, nn.Module) else ""
+        return f"{piece.activation} has {why}" if why else f"{type(act).__name__} has no kernel"
     return ""
 
 
 def _activation(module: nn.Module, piece: Gated) -> str | None:
-    """The activation's name in `fastdpo_kernels.glu`; None where it is another."""
+    """The activation's name in `fastdpo_kernels.glu`; None where it is another, or has hooks."""
     if piece.fixed:
         return piece.activation
     act: Any = getattr(module, piece.activation)
+    if isinstance(act, nn.Module) and touched(act):
+        return None
     inner = getattr(act, "act", None)
     if isinstance(act, (nn.SiLU, activations.SiLUActivation)):
         return "silu"
@@ -247,7 +272,7 @@ def _norm_forward(cls: Any, piece: Norm, checks: _Checks) -> Callable:
         return rms_norm(x, weight, getattr(self, piece.eps), offset=piece.offset, round_first=piece.round_first)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if checks.due("rms_norm", x):
+        if checks.due("rms_norm", x, self):
             checks.compare("rms_norm", cls, normed, cls.forward, self, _few_rows(x))
         return normed(self, x)
 
@@ -262,13 +287,18 @@ def _gated_forward(cls: Any, piece: Gated, checks: _Checks) -> Callable:
         gate, up = (project(x) for project in ups) if len(ups) == 2 else ups[0](x).chunk(2, dim=-1)
         return down(glu(gate, up, activation))
 
+    def fused(self: Any, x: Tensor) -> Tensor:
+        three: Any = _projections(self, piece.projections, x)
+        return lora_mlp(x, *three, _activation(self, piece))  # type: ignore[arg-type]
+
     def forward(self: Any, x: Tensor) -> Tensor:
+        if (activation := _activation(self, piece)) is None:  # replaced or hooked since
+            return cls.forward(self, x)
         now = _projections(self, piece.projections, x) if len(piece.projections) == 3 else None
-        fused: Callable = lambda self, x: lora_mlp(x, *now, _activation(self, piece))  # type: ignore[misc]  # noqa: E731
         kind, compute = ("glu", apart) if now is None else ("lora_mlp", fused)
-        if checks.due(kind, x):
+        if checks.due(kind, x, self):
             checks.compare(kind, cls, compute, cls.forward, self, _few_rows(x))
-        return compute(self, x)
+        return apart(self, x) if now is None else lora_mlp(x, *now, activation)
 
     return forward
 
@@ -305,8 +335,8 @@ class _Projected:
             return self.together(x)
         if not worth_it(self.module) or (now := projection(self.module, x)) is None:
             return self.module(x)
-        if self.checks.due("lora", x):
-            fused: Callable = lambda _, x: lora_linear(x, now)  # noqa: E731
+        if self.checks.due("lora", x, self.module):
+            fused: Callable = lambda module, x: lora_linear(x, projection(module, x))  # type: ignore[arg-type]  # noqa: E731
             self.checks.compare("lora", type(self.module), fused, type(self.module).forward, self.module, _few_rows(x))
         return lora_linear(x, now)
 
@@ -341,8 +371,8 @@ class _View:
             now = _projections(module, self._qkv, x) if worth else None
             if now is None:
                 return _Projected(getattr(module, name), self._checks)(x)
-            if self._checks.due("lora_qkv", x):
-                fused: Callable = lambda _, x: lora_qkv(x, *now)  # noqa: E731
+            if self._checks.due("lora_qkv", x, module):
+                fused: Callable = lambda module, x: lora_qkv(x, *_projections(module, self._qkv, x) or ())  # noqa: E731
                 self._checks.compare("lora_qkv", type(module), fused, self._apart, module, _few_rows(x))
             taken.update(zip((*self._qkv, "x"), (*lora_qkv(x, *now), x), strict=True))
         return taken.pop(name)
@@ -371,7 +401,7 @@ def _rotated(original: Callable, rotary: Rotary, checks: _Checks) -> Callable:
     def rotated(q: Tensor, k: Tensor, *table: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         if options:  # other arguments than the families of the table pass
             return original(q, k, *table, **options)
-        if checks.due("rope", q):
+        if checks.due("rope", q, None):
             few, length = [t[:1, :CHECKED_ROWS] for t in table], min(CHECKED_ROWS, q.shape[tokens])
             few_k = k[:1].narrow(tokens, 0, length)
             sliced = lambda function: lambda _, q: function(q, few_k, *few)  # noqa: E731
@@ -410,18 +440,26 @@ class _Checks:
 
     done: set[str] = field(default_factory=set)
 
-    def due(self, kind: str, x: Tensor) -> bool:
+    def due(self, kind: str, x: Tensor, module: nn.Module | None) -> bool:
         if kind in self.done:
+            return False
+        inside = [] if module is None else [one for one in module.modules() if one is not module]
+        if any(has_hooks(one) for one in inside):  # the user's, and peft's while a batch mixes adapters
             return False
         return type(x) in (Tensor, nn.Parameter) and x.device.type != "meta" and x.numel() > 0  # no fake tensors
 
     def compare(self, kind: str, what: Any, ours: Callable, theirs: Callable, module: Any, x: Tensor) -> None:
-        """Raises RuntimeError where ours(module, x) is not theirs(module, x)."""
+        """Raises RuntimeError where ours(module, x) is not theirs(module, x).
+
+        Both are given a copy of the module in which no LoRA factor B is zero, as a new one is: its product would be
+        compared with nothing.
+        """
         device = x.device.type
         autocast = torch.autocast(  # without its cache, which would keep the factors that are there for the comparison
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         )
-        with torch.no_grad(), autocast, _comparable(module):
+        with torch.no_grad(), autocast:
+            module = None if module is None else _twin(module)
             with _same_random_numbers(x.device):
                 actual = ours(module, x)
             with _same_random_numbers(x.device):
@@ -432,6 +470,15 @@ class _Checks:
         self.done.add(kind)
 
 
+def rounding(device: str, dtypes: Iterable[torch.dtype]) -> float:
+    """How far two right computations in these dtypes may be apart on a device, under autocast as it is."""
+    dtypes = {*dtypes, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])}
+    bound = max(BOUNDS.get(dtype, TF32_BOUND) for dtype in dtypes)
+    # torch.get_float32_matmul_precision() raises once TF32 was set the newer way, as by transformers' tf32=True.
+    tf32 = device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return max(bound, TF32_BOUND) if tf32 else bound
+
+
 def _check_close(kind: str, what: Any, x: Tensor, actual: Tensor, expected: Tensor) -> None:
     name = getattr(what, "__name__", str(what))
     if actual.shape != expected.shape:
@@ -439,11 +486,7 @@ def _check_close(kind: str, what: Any, x: Tensor, actual: Tensor, expected: Tens
             f"the patched {name} ({kind}) gives {tuple(actual.shape)}, the unpatched one {tuple(expected.shape)}: "
             "call fastdpo.unpatch(model) and report it"
         )
-    device, dtypes = x.device.type, {x.dtype, expected.dtype}
-    dtypes |= {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set()
-    bound = max(BOUNDS.get(dtype, TF32_BOUND) for dtype in dtypes)
-    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
-        bound = max(bound, TF32_BOUND)
+    bound = rounding(x.device.type, {x.dtype, expected.dtype})
     actual, expected = actual.double(), expected.double()
     known = expected.isfinite()
     largest = expected[known].abs().max() if known.any() else expected.new_zeros(())
@@ -456,26 +499,24 @@ def _check_close(kind: str, what: Any, x: Tensor, actual: Tensor, expected: Tens
         )
 
 
-@contextmanager
-def _comparable(module: Any) -> Iterator[None]:
-    """Within it, no LoRA factor B is zero, as a new one is: its product would be compared with nothing. And
-    bitsandbytes does not pack 4-bit weights for CPU, as it does without gradient and does not undo.
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy, with what is inside, that shares all tensors but LoRA factors B. The model itself stays as it is: other
+    threads may be in it.
     """
-    modules: list[Any] = [] if module is None else list(module.modules())
-    factors = [b.weight for m in modules if hasattr(m, "lora_B") for b in m.lora_B.values() if type(b) is nn.Linear]
-    packing = [m for m in modules if getattr(m, "support_avx512bf16_for_cpu", False)]
-    before = [factor.data for factor in factors]
-    try:
-        for factor in factors:
-            factor.data = torch.linspace(-0.5, 0.5, factor.numel()).view(factor.shape).to(factor.data)
-        for m in packing:
-            m.support_avx512bf16_for_cpu = False
-        yield
-    finally:
-        for factor, data in zip(factors, before, strict=True):
-            factor.data = data
-        for m in packing:
-            m.support_avx512bf16_for_cpu = True
+    twin = object.__new__(type(module))
+    own = vars(twin)
+    own.update(vars(module))
+    if getattr(own.get("forward"), "__self__", None) is module:
+        own["forward"] = MethodType(own["forward"].__func__, twin)
+    own["_parameters"] = dict(module._parameters)
+    own["_modules"] = {name: None if one is None else _twin(one) for name, one in module._modules.items()}
+    factors = own["_modules"].get("lora_B")
+    for factor in factors._modules.values() if factors is not None else ():
+        if type(factor) is nn.Linear:
+            b = factor.weight
+            values = torch.linspace(-0.5, 0.5, b.numel(), device=b.device).view(b.shape).to(b.dtype)
+            factor._parameters["weight"] = nn.Parameter(values, requires_grad=False)
+    return twin
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 Covered are frozen `nn.Linear` and GPT-2's `Conv1D`, frozen 4-bit layers of bitsandbytes, and peft's LoRA around one of
 them with at most one active adapter and nothing more: no dropout, DoRA or other variant, bias of its own, or merged
-weights. rsLoRA is another scaling. What is not covered runs its own forward, so adapters may be added, switched, merged
-and switched off at any time after patching.
+weights. rsLoRA is another scaling. That goes for all adapters of a layer, switched on or not: a reference that is the
+policy with its adapters off takes the policy's arithmetic. What is not covered runs its own forward, so adapters may be
+added, switched, merged and switched off at any time after patching.
 
 Legend: I input columns, O output columns, r rank.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from fastdpo_kernels.lora import Adapter, Projection
@@ -85,19 +87,19 @@ def refusal(module: Any, training: bool) -> str:
         return f"{type(base).__name__} computes in its own way"
     if weight.requires_grad or bias is not None and bias.requires_grad:
         return "weights that train"
-    if kind == "dense" and type(weight.data) is not Tensor:
+    if kind == "dense" and type(weight.data) not in (Tensor, FakeTensor):
         return f"weights are {type(weight.data).__name__}"
     if getattr(state, "packing_format_for_cpu", False):
         return "bitsandbytes has repacked the 4-bit weights for CPU"
-    return _touched(base)
+    return touched(base)
 
 
 def wider(module: nn.Module, dtype: torch.dtype) -> str:
-    """Why a 4-bit layer will run its own forward in a model of 16-bit `dtype`, "" where it will not."""
+    """Why a 4-bit layer will run its own forward in a model of `dtype`, "" where it will not."""
     base = _base(module)
-    if _kind(type(base)) != "4bit" or base.compute_dtype != torch.float32 or dtype == torch.float32:
+    if _kind(type(base)) != "4bit" or not base.compute_type_is_set or base.compute_dtype == dtype:
         return ""
-    return f"4-bit products in fp32 (set bnb_4bit_compute_dtype=torch.{str(dtype).removeprefix('torch.')})"
+    return f"4-bit products in {base.compute_dtype}, unless under autocast in it (set bnb_4bit_compute_dtype={dtype})"
 
 
 def _base(module: Any) -> Any:
@@ -112,18 +114,21 @@ def _adapter(module: Any) -> Adapter | None:
 
 
 def _active(module: Any) -> list[str]:
-    if "base_layer" not in module._modules or module.disable_adapters:
-        return []
+    return [] if "base_layer" not in module._modules or module.disable_adapters else _chosen(module)
+
+
+def _chosen(module: Any) -> list[str]:
+    """The adapters that are active while adapters are on."""
     return [name for name in module.active_adapters if name in module._modules["lora_A"]._modules]
 
 
 def _lora_refusal(module: Any, training: bool) -> str:
-    names, children = _active(module), module._modules
+    children = module._modules
     if module.merged:
         return "merged adapters"
-    if len(names) > 1:
+    if len(_chosen(module)) > 1:
         return "several active adapters"
-    for name in names:
+    for name in children["lora_A"]._modules:
         a, b, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
         if name in module.lora_variant:
             return "a variant of LoRA such as DoRA"
@@ -133,9 +138,9 @@ def _lora_refusal(module: Any, training: bool) -> str:
             return "LoRA with a bias"
         if training and type(dropout) is not nn.Identity and getattr(dropout, "p", 1.0) > 0:
             return "LoRA dropout while training"
-        if why := _touched(a) or _touched(b):
+        if why := touched(a) or touched(b):
             return why
-    return _touched(module)
+    return touched(module)
 
 
 def bound_by_others(module: nn.Module) -> bool:
@@ -144,8 +149,13 @@ def bound_by_others(module: nn.Module) -> bool:
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
-def _touched(module: nn.Module) -> str:
-    own = vars(module)
-    if "forward" in own and bound_by_others(module):
+def touched(module: nn.Module) -> str:
+    """Why its own call has to run, "" where nothing was added to its class's forward."""
+    if "forward" in vars(module) and bound_by_others(module):
         return "a forward bound by others"
-    return "hooks" if own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]] else ""
+    return "hooks" if has_hooks(module) else ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    own = vars(module)
+    return bool(own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]])

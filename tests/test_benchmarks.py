@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,25 +27,33 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # plain `pytest` finds tests/ only
 from benchmarks import __main__ as command_line  # noqa: E402
 from benchmarks import (  # noqa: E402
+    adapters,
     bench_linear_logps,
+    bench_lora,
+    bench_nf4,
     bench_pair_loss,
+    blocks,
     contenders,
     flops,
     heads,
     kernel_table,
     measure,
+    memory,
+    memory_table,
     pairs,
     parts,
     step,
     table,
     trace,
     turn,
+    weights,
     workload,
 )
 from benchmarks import run as training  # noqa: E402
 from benchmarks.device import CPU, CUDA, DEVICES, step_aim  # noqa: E402
 from benchmarks.measure import CpuMeter, median_seconds  # noqa: E402
-from benchmarks.models import MODELS, Model  # noqa: E402
+from benchmarks.models import MODELS, Model, quantised  # noqa: E402
+from benchmarks.quantised import QuantisedWeights  # noqa: E402
 from benchmarks.record import Results, Row  # noqa: E402
 from benchmarks.roofline import FORWARD, FROZEN_HEAD, TRAINED_HEAD, Ceilings, Work, head_work  # noqa: E402
 
@@ -417,10 +426,10 @@ def small(model: Model) -> Model:
     return replace(model, **SMALL, learning_rate=3e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "llama, NF4"])
 def test_formulas_agree_with_the_count_for_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """fastdpo's first epoch and second; one of TRL as it comes, and without checkpointing on rows by length."""
-    model = small(MODELS[FAMILIES[family]])
+    model = small(MODELS[FAMILIES.get(family, quantised("llama-3.1-8b"))])
     monkeypatch.setattr(workload, "VOCABULARY", 300)
     monkeypatch.setitem(MODELS, "20m", model)
     spec = replace(SPEC, trainer="fastdpo", pairs=4, epochs=2, batch=2, count_flops=True, threads=1)
@@ -472,34 +481,251 @@ def test_the_counter_sees_the_products_of_a_gpus_kernels() -> None:
     assert counter.get_total_flops() == 4 * 4 * 6 * 9 * 16
 
 
-def test_both_trainers_run_the_gpus_recipe_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it but the GPU: bf16 weights and autocast, more vocabulary than words, a step ahead, a waiting clock."""
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.2-1b-nf4"])
+def test_both_trainers_run_the_gpus_recipe_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it but the GPU: bf16 weights and autocast, more vocabulary than words, a step ahead, a waiting clock. In 4
+    bits TRL's adapters are in bf16, too.
+    """
     calls: list[str] = []
     monkeypatch.setattr(workload, "VOCABULARY", 300)
     on_a_cpu = replace(
         CUDA,
         place="cpu",
         settings={**CUDA.settings, "use_cpu": True},
+        leanest=CPU.leanest,
         wait=lambda: calls.append("wait"),
         restart_peak=lambda: calls.append("restart"),
         peak_memory=lambda: calls.append("peak") or len(calls),
     )
     monkeypatch.setitem(DEVICES, "cuda", on_a_cpu)
-    monkeypatch.setitem(MODELS, "llama-3.2-1b", replace(small(MODELS["llama-3.2-1b"]), num_hidden_layers=2))
-    base = training.RunSpec("fastdpo", "cuda", "llama-3.2-1b", "hh-rlhf", pairs=16, epochs=2, batch=8, threads=1)
+    monkeypatch.setitem(MODELS, name, replace(small(MODELS[name]), num_hidden_layers=2))
+    base = training.RunSpec("fastdpo", "cuda", name, "hh-rlhf", pairs=16, epochs=2, batch=8, threads=1)
     tuned = step.tuned_spec(base, on_a_cpu, {"gpu_memory": 2**37})
     assert tuned.micro_batch == 8
     specs, _ = step.configurations(base, on_a_cpu, replace(tuned, settings=step.split_settings(8, 4, True)))
-    names = ("fastdpo", "fastdpo leanest", "TRL default", "TRL tuned")
-    curves = {name: training.run(replace(specs[name], longest_first=False)) for name in names}
-    for name, curve in curves.items():
-        step.check_curves(name, curve, curves["fastdpo"], CUDA.tolerances)
-        epochs = 1 if name == "TRL default" else 2
+    contenders = ("fastdpo", "fastdpo leanest", "TRL default", "TRL tuned")
+    curves = {who: training.run(replace(specs[who], longest_first=False)) for who in contenders}
+    for who, curve in curves.items():
+        step.check_curves(who, curve, curves["fastdpo"], CUDA.tolerances)
+        epochs = 1 if who == "TRL default" else 2
         assert len(curve.seconds) == 1 + epochs and len(curve.losses) == 2 * epochs
     before = ["restart", "peak", "wait", "restart", "peak", "wait"]
     once = [*before, "wait", "wait", "peak"]  # an epoch's end, the end, the peak of it all
     assert calls[:19] == [*once, *before, "wait", *once[-3:]]
     assert curves["fastdpo"].baseline_memory == 3 and curves["fastdpo"].peak_memory == 8  # less what was there before
+
+
+def test_in_4_bits_all_contenders_of_a_cpu_have_one_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workload, "VOCABULARY", 300)
+    monkeypatch.setitem(MODELS, "20m-nf4", small(MODELS["20m-nf4"]))
+    base = replace(SPEC, trainer="fastdpo", model="20m-nf4", pairs=4, batch=2, threads=1)
+    specs, _ = step.configurations(base, CPU, step.tuned_spec(base, CPU, {}))
+    curves = {name: training.run(replace(spec, longest_first=False)) for name, spec in specs.items()}
+    assert list(curves) == list(CPU.contenders)
+    for name, curve in curves.items():
+        step.check_curves(name, curve, curves["fastdpo"], CPU.tolerances)
+
+
+def test_a_step_in_4_bits_has_a_file_of_its_own_and_a_leaner_leanest(copy: Path) -> None:
+    stand_in(copy, tuned_factor=1.0)
+    choice = ["--device", "cuda", "--model", "mistral-7b", "--load-in-4bit", "--profile", "ultrafeedback"]
+    done = benchmarks(copy, "step", *choice, "--commit", "abc")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((copy / "benchmarks/results/step-cuda-mistral-7b-nf4-ultrafeedback.json").read_text())
+    lean = result["configurations"]["fastdpo leanest"]["spec"]["settings"]
+    assert lean == {**step.LEANEST, "activation_offloading": True}
+    assert result["model"] == "mistral-7b-nf4" and result["workload"]["parameters"]["total"] == 7_248_023_552
+    assert (
+        "### A training step on a GPU: Mistral-7B-v0.3's shape in NF4, pairs as long as UltraFeedback's" in done.stdout
+    )
+    assert "| speed of fastdpo / TRL tuned, 1 epoch | 2.50 | >= 1.7 | met |" in done.stdout
+    assert "| memory added by training, fastdpo leanest / TRL default |" in done.stdout
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_quantised_weights_are_drawn_once_and_their_models_start_as_new(family: str) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = small(MODELS[quantised(family)])
+    weights = QuantisedWeights(workload.model_config(model, 1024), "float32", "cpu", None)
+    one = weights.model()
+    linears = [module for module in one.modules() if isinstance(module, Linear4bit)]
+    assert len(linears) == 7 * model.num_hidden_layers and one.num_parameters() == model.parameters["total"]
+    assert {(module.weight.quant_type, module.quant_state.nested) for module in linears} == {("nf4", True)}
+    assert (one.lm_head.weight is one.model.embed_tokens.weight) == model.tie_word_embeddings
+    assert one.lm_head.weight.dtype == torch.float32 and one.is_loaded_in_4bit
+    tokens = torch.arange(20)[None]
+    before = one(tokens).logits
+    one.model.layers[0].register_forward_hook(lambda *given: torch.zeros(1))
+    one.train().gradient_checkpointing_enable()
+    two = weights.model()
+    assert two.model.layers[0].mlp.up_proj.weight is one.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(two(tokens).logits, before) and not two.is_gradient_checkpointing
+    other = workload.build_model(model, 1024, "float32", "cpu")
+    assert torch.equal(other(tokens).logits, before)
+
+
+def test_weights_in_4_bits_take_what_is_counted() -> None:
+    assert MODELS["llama-3.1-8b-nf4"].weight_bytes / 2**30 == pytest.approx(5.31, abs=0.01)
+    assert MODELS["llama-3.1-8b"].weight_bytes == 2 * 8_030_261_248
+
+
+TASK = memory.Task("fastdpo", {}, "cpu", "20m-nf4", [8, 12, 16, 24], ["short", "ultrafeedback"], 0.0, threads=1)
+ROOM_FOR = {8: 1443, 12: 6964, 16: 12_485, 24: 23_527}  # short; a third of it with longer prompts
+
+
+def bisected(task: memory.Task, seconds: float = math.inf, a_step: float = 0.0) -> memory.Bisection:
+    """All trials of cards that hold ROOM_FOR; a step takes `a_step` seconds for 10000 tokens, more by their square."""
+    search, left = memory.Bisection(task, []), seconds
+    while (trial := search.next(left)) is not None and left > 0:
+        limit = ROOM_FOR[trial.gib] // (1 if trial.prompt == "short" else 3)
+        trial.outcome = memory.FITS if trial.response <= limit else memory.FULL
+        trial.seconds = a_step * (trial.response / 1e4) ** 2
+        left -= trial.seconds
+        search.trials.append(trial)
+        assert len(search.trials) < 300
+    return search
+
+
+def test_the_bisection_finds_every_boundary_to_the_token() -> None:
+    search = bisected(TASK)
+    for gib, limit in ROOM_FOR.items():
+        assert search.bounds("short", gib) == (limit, limit + 1)
+        assert search.bounds("ultrafeedback", gib) == (limit // 3, limit // 3 + 1)
+    tried = [(trial.prompt, trial.gib, trial.response) for trial in search.trials]
+    assert len(tried) == len(set(tried))
+
+
+def test_guesses_come_first_and_a_coarse_answer_takes_few_steps() -> None:
+    guesses = {"short": {str(gib): [aim, 1000] for gib, aim in memory_table.AIMS.items()}}
+    search = bisected(replace(TASK, prompts=["short"], guesses=guesses, resolution=0.03))
+    assert [(trial.gib, trial.response) for trial in search.trials[:2]] == [(8, 1500), (8, 1000)]
+    for gib, limit in ROOM_FOR.items():
+        low, high = search.bounds("short", gib)
+        assert low <= limit < high <= 1.03 * low + 1
+    assert len(search.trials) < 40
+
+
+def test_a_card_that_nothing_fits_is_told_and_one_that_is_never_full_ends() -> None:
+    for limit, bounds in ((1, (0, memory.LEAST)), (10**9, (memory.MOST, None))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(ROOM_FOR, 8, limit)
+            search = bisected(replace(TASK, gibs=[8], prompts=["short"]))
+        assert search.bounds("short", 8) == bounds and search.settled("short", 8)
+
+
+def test_the_search_ends_in_time_with_what_it_knows() -> None:
+    search = bisected(TASK, seconds=30.0, a_step=1.0)
+    assert sum(trial.seconds for trial in search.trials) <= 32
+    assert all(search.bounds("short", gib)[0] for gib in ROOM_FOR)
+    assert not all(search.settled("short", gib) for gib in ROOM_FOR)
+    assert bisected(TASK, seconds=0.0).trials == []
+
+
+@pytest.mark.parametrize(
+    ("trainer", "found"), [("fastdpo", {"short": 32, "ultrafeedback": 33}), ("trl", {"short": 24, "ultrafeedback": 28})]
+)
+def test_a_step_with_a_pair_one_token_too_long_is_out_of_memory(
+    trainer: str, found: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real steps in 4 bits; room for 80 tokens stands in for the GPU's. TRL has the prompt twice."""
+    monkeypatch.setattr(workload, "VOCABULARY", 300)
+    monkeypatch.setitem(MODELS, "20m-nf4", small(MODELS["20m-nf4"]))
+    near = {prompt: {"8": [length - 1, length, length + 1]} for prompt, length in found.items()}
+    settings = memory.contenders(CPU)[{"trl": "TRL"}.get(trainer, trainer)][1]
+    task = replace(TASK, trainer=trainer, settings=settings, gibs=[8], guesses=near, most_tokens={"8": 80})
+    trials: list[memory.Trial] = []
+    memory.work(task, trials, math.inf)
+    assert {trial.outcome for trial in trials} == {memory.FITS, memory.FULL} and len(trials) == 6
+    longest = memory.bounds_of(memory.Bisection(task, trials))
+    for prompt, length in found.items():
+        assert longest[prompt]["8"]["response"] == length and longest[prompt]["8"]["too_long"] == length + 1
+        assert longest[prompt]["8"]["peak_allocated"] > 0 and longest[prompt]["8"]["seconds"] > 0
+
+
+def test_what_fails_otherwise_ends_the_search_and_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access\nand more")
+
+    monkeypatch.setattr(memory, "one_step", broken)
+    monkeypatch.setattr(memory, "QuantisedWeights", lambda *given: None)
+    trials: list[memory.Trial] = []
+    with pytest.raises(RuntimeError, match="illegal"):
+        memory.work(TASK, trials, 10.0)
+    assert [(trial.outcome, trial.reason) for trial in trials] == [
+        (memory.FAILED, "CUDA error: an illegal memory access")
+    ]
+
+
+def test_a_process_that_dies_in_a_trial_is_started_again_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts: list[list[dict[str, Any]]] = []
+
+    def run(command: list[str], **options: Any) -> Any:
+        file = Path(command[-1])
+        starts.append(json.loads(file.read_text()))
+        rows = [memory.Trial("short", 8, 100, memory.FITS), memory.Trial("short", 8, 101)]
+        file.write_text(json.dumps([vars(row) for row in rows]))
+        return SimpleNamespace(returncode=-9 if len(starts) == 1 else 0, stderr="")
+
+    monkeypatch.setattr(memory.subprocess, "run", run)
+    row = memory.in_own_process(replace(TASK, gibs=[8], prompts=["short"]), math.inf)
+    assert [trial["outcome"] for trial in starts[1]] == [memory.FITS, memory.DIED]
+    assert row["failed"] is None and len(starts) == 2
+
+    def hangs(command: list[str], **options: Any) -> Any:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(memory.subprocess, "run", hangs)
+    row = memory.in_own_process(replace(TASK, gibs=[8], prompts=["short"]), 5.0)
+    assert row["failed"] == memory.LATE and row["longest"]["short"]["8"]["response"] == 0
+
+
+def test_without_a_gpu_memory_says_what_is_predicted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setitem(DEVICES, "cuda", replace(CUDA, find=lambda: None))
+    monkeypatch.setitem(MODELS, "20m-nf4", small(MODELS["20m-nf4"]))
+    monkeypatch.setattr(memory.logging, "disable", lambda level: None)
+    choice = ["--model", "20m", "--gib", "2", "8", "--prompt", "short", "--output", str(tmp_path / "out.json")]
+    assert command_line.main(["memory", *choice]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert not result["measured"] and result["contenders"] == {}
+    assert 1000 < result["predicted"]["short"]["2"] < result["predicted"]["short"]["8"]
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    said = capsys.readouterr()
+    assert "nothing is measured" in said.err and "**Predicted by `fastdpo plan`, not measured" in said.out
+
+
+def measured_memory() -> dict[str, Any]:
+    """As a GPU's result would be: fastdpo reaches the aim on 8 GiB, misses it on 12, ran out of time on 24."""
+    cell = {"peak_allocated": 7 * 2**30, "peak_reserved": 2**33, "seconds": 3.0}
+    lengths = {"8": (1600, 1601, True), "12": (9000, 9100, True), "16": (0, 900, False), "24": (30_000, 50_000, False)}
+    found = {gib: {"response": low, "too_long": up, "settled": s, **cell} for gib, (low, up, s) in lengths.items()}
+    row = {"trainer": "fastdpo", "settings": {}, "failed": None, "longest": {"short": found}, "trials": []}
+    head = memory._head("llama-3.1-8b", ["short"], [8, 12, 16, 24], {"short": dict.fromkeys(lengths, 1443)})
+    origin = {"machine": {**FACTS, "threads": 2}, "versions": {}, "python": "3", "date": "", "commit": "abc"}
+    late = {**row, "trainer": "trl", "failed": memory.LATE}
+    measured = {"device": "cuda", "measured": True, "uncommitted_changes": False, "resolution": 0.03, "simulated": {}}
+    return {**head, **origin, **measured, "contenders": {"fastdpo": row, "TRL": late}}
+
+
+def test_measured_lengths_take_the_place_of_predicted_ones(tmp_path: Path) -> None:
+    shutil.copy(table.RESULTS / memory_table.plan_file(memory_table.MODEL), tmp_path)
+    before = table.generated(tmp_path)
+    assert memory_table.unmeasured() in before and "**Predicted by `fastdpo plan`, not measured" in before
+    (tmp_path / memory_table.file_name("cuda", "llama-3.1-8b")).write_text(json.dumps(measured_memory()))
+    text = table.generated(tmp_path)
+    assert memory_table.unmeasured() not in text and "Predicted by `fastdpo plan`, not" not in text
+    assert "response tokens of the longest pair" not in table.waiting_aims(CUDA, tmp_path)
+    for line in (
+        "| 8 GiB | 2 x 1500 | 2 x 1443 | 2 x 1600, met | 2 x 1600 | 7.00 GiB | 2972 |",
+        "| 12 GiB | 2 x 10000 | 2 x 1443 | 2 x 9000, missed | 2 x 9000 | 7.00 GiB | 21848 |",
+        "| 16 GiB | 2 x 20000 | 2 x 1443 | less than 2 x 900, missed | less than 2 x 900 | 7.00 GiB | 40724 |",
+        "| 24 GiB | 2 x 40000 | 2 x 1443 | 2 x 30000 to 50000 | 2 x 30000 to 50000 | 7.00 GiB | 78475 |",
+        "- TRL ended early: `ended by its time`",
+    ):
+        assert line in text
+    memory_table.draw(measured_memory(), tmp_path / "out.png")
 
 
 def watched(command: str) -> Any:
@@ -601,7 +827,10 @@ def test_a_ceiling_is_measured_in_a_process_of_its_own(
 def test_every_stage_of_the_makefile_is_one_command_with_a_limit() -> None:
     done = subprocess.run(["make", "--no-print-directory", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True)
     commands = [line for line in done.stdout.splitlines() if line.startswith("timeout")]
-    assert done.returncode == 0 and len(commands) == 12  # the tests are five
+    assert done.returncode == 0 and len(commands) == 21  # the tests are twelve
+    for file in sorted(Path(__file__).parent.glob("test_*.py")):
+        runs_there = re.search(r"^(@|pytestmark = )pytest\.mark\.(gpu|kernels)", file.read_text(), re.MULTILINE)
+        assert (f"tests/{file.name}" in done.stdout) == bool(runs_there), file.name
     for command in commands:
         words = command.split("-m ", 1)[1].split()
         if words[0] == "benchmarks":
@@ -645,6 +874,28 @@ def test_the_recorded_runs_start_at_ln_2(result: dict) -> None:
     for row in result["configurations"].values():
         for run in row["runs"]:
             assert run["losses"][0] == pytest.approx(math.log(2), abs=result["tolerances"]["first_loss"])
+
+
+def test_every_aim_of_a_step_stands_on_the_page_until_it_is_measured(tmp_path: Path) -> None:
+    """Those of kernels stood there, and those of whole steps nowhere."""
+    text = table.waiting_aims(CUDA, tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert len(rows) == len(CUDA.aims) + 2 + len(memory_table.AIMS) and text in table.generated(tmp_path)
+    shape = "Llama-3.1-8B's shape, pairs as long as HH-RLHF's"
+    quantised_shape, longest = "Mistral-7B-v0.3's shape in NF4", "response tokens of the longest pair"
+    for line in (
+        f"| speed of fastdpo / TRL tuned, 1 epoch: {shape}, HelpSteer's | >= 1.8 |",
+        f"| MFU of fastdpo, 1 epoch: {shape}, HelpSteer's, UltraFeedback's | >= 0.5 |",
+        f"| a step / the sum of its parts: {shape} | <= 1.03 |",
+        "| peak memory as planned / as measured, in 6 settings (`make gpu-tests`) | 0.9 to 1.1 |",
+        f"| speed of fastdpo / Unsloth, 1 epoch: {quantised_shape}, pairs as long as UltraFeedback's | >= 1.3 |",
+        f"| {longest} on 24 GiB, prompts of 16 tokens: Llama-3.1-8B's shape in NF4 | >= 2 x 40000 |",
+    ):
+        assert line in rows
+    (tmp_path / table.file_name("step", "cuda", "llama-3.1-8b", "hh-rlhf")).touch()
+    (tmp_path / table.file_name("parts", "cuda", "llama-3.1-8b", "hh-rlhf")).touch()
+    text = table.waiting_aims(CUDA, tmp_path)
+    assert "HH-RLHF" not in text and "sum of its parts" not in text and "as long as HelpSteer's | >= 2.5 |" in text
 
 
 def test_the_least_work_counts_one_two_and_three_products() -> None:
@@ -743,6 +994,65 @@ class Stopwatch:
 
 def take_turn(row: Row, first: Any, deadline: float = math.inf, meter: CpuMeter | None = None) -> None:
     turn.take_turn(Stopwatch(), row, meter or CpuMeter(), CPU.kernels, deadline, first)
+
+
+@pytest.mark.parametrize("name", [name for name in weights.CONTENDERS if name != "torch.compile"])
+def test_four_bit_weights_of_all_contenders_are_one_in_every_bit(name: str) -> None:
+    weight = weights.make_weight((64, 128), "bfloat16", "cpu")
+    try:
+        way = weights.CONTENDERS[name](weight)
+    except contenders.Unavailable as reason:
+        pytest.skip(str(reason))
+    assert weights.errors(weight, way.compute()) == {"elements": 0.0}
+    assert weight.work.bytes == 64 * 128 * 2.5 + 128 + 4 / 2
+
+
+@pytest.mark.parametrize("task", adapters.TASKS)
+@pytest.mark.parametrize("name", adapters.CONTENDERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lora_of_all_contenders_is_what_fp64_says(name: str, task: str, dtype: str) -> None:
+    block = adapters.make_block((24, 256, 512), dtype, "cpu")
+    try:
+        way = adapters.CONTENDERS[name](block)
+    except contenders.Unavailable as reason:
+        pytest.skip(str(reason))
+    found = adapters.errors(block, task, adapters.timed_call(way, block, task)())
+    assert max(found.values()) < (1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("wants", [FORWARD, blocks.WITH_GRADIENT])
+@pytest.mark.parametrize("name", [name for name in blocks.CONTENDERS if name != "torch.compile"])
+@pytest.mark.parametrize(("op", "shape"), blocks.shapes((6, 24, 4, 2, 8, 40)), ids=str)
+def test_a_blocks_contenders_compute_the_same(op: str, shape: tuple[int, ...], name: str, wants: str) -> None:
+    task = blocks.make_task(op, shape, "float32", "cpu")
+    try:
+        way = blocks.CONTENDERS[name](task)
+    except contenders.Unavailable as reason:
+        pytest.skip(str(reason))
+    found = blocks.timed_call(way, task, wants)()
+    assert blocks.errors(task, wants, found)["results"] < 1e-6
+    assert len(found) == (1 if wants == FORWARD else 1 + len(task.learned)) + (op == "rope")
+
+
+def test_a_blocks_work_is_its_inputs_once_in_and_its_results_once_out() -> None:
+    bytes_of = {
+        op: [blocks.make_task(op, shape, "bfloat16", "cpu").work(wants).bytes for wants in (FORWARD, "both")]
+        for op, shape in blocks.shapes((6, 24, 4, 2, 8, 40))
+        if op != "rms_norm" or shape[1] == 24
+    }
+    x, weight, h, heads, factors = 6 * 24 * 2, 24 * 2, 6 * 40 * 2, 6 * 6 * 8 * 2, 6 * 16 * 2
+    assert bytes_of["rms_norm"] == [2 * x + weight, 5 * x + 2 * weight]
+    assert bytes_of["rope"] == [2 * heads + factors, 4 * heads + 2 * factors]
+    assert bytes_of["glu"] == [3 * h, 8 * h]
+
+
+def test_a_weights_row_shows_its_bandwidth(tmp_path: Path) -> None:
+    results = Results({"device": "cuda"}, Ceilings(1e12, 4e12), tmp_path / "out.json")
+    row = results.row("nf4", (64, 128), "bfloat16", "nested scales", "fastdpo triton")
+    row.laps, row.work, row.peak_bytes = [[1e-3]], Work(0.0, 3.4e9), 2**20
+    results.save()
+    text = kernel_table._rate_table(json.loads((tmp_path / "out.json").read_text())["rows"])
+    assert "| fastdpo triton | 1 | 3400 | 85 | 1 |" in text
 
 
 def new_row(contender: str = "Liger FLCE") -> Row:
@@ -886,7 +1196,8 @@ def test_a_row_has_the_median_of_all_rounds_and_its_share_of_the_roofline() -> N
 
 
 def bench(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    usual = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # beside others none is measured
+    environment = usual | {"TRITON_INTERPRET": interpret, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-p", "no:cacheprovider", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -934,6 +1245,11 @@ def test_recorded_kernels_hold_every_contender_at_every_task(kernel_result: dict
     tasks = {(bench_linear_logps.OP, t.shape, t.wants, t.contender) for t in bench_linear_logps.turns(device)}
     of_pairs = {(t.wants, t.loss, t.contender) for t in bench_pair_loss.turns(device)}
     tasks |= {(bench_pair_loss.OP, (64,), f"{loss}, {wants}", name) for wants, loss, name in of_pairs}
+    recorded = {op for op, *_ in found}  # files from before these were measured have none of them
+    if bench_nf4.OP in recorded:
+        tasks |= {(bench_nf4.OP, t.shape, bench_nf4.WANTS, t.contender) for t in bench_nf4.turns(device)}
+    if bench_lora.OP in recorded:
+        tasks |= {(bench_lora.OP, t.shape, t.task, t.contender) for t in bench_lora.turns(device)}
     assert found == tasks
 
 

@@ -112,6 +112,22 @@ def test_the_first_call_finds_a_head_of_another_form_and_draws_no_random_number(
         token_logps(wrong, IDS)
 
 
+def test_a_first_call_that_has_nothing_to_compare_leaves_that_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    assert token_logps(model, IDS[:, :1]).shape == (2, 0)
+    monkeypatch.setattr(module, "linear_logps", lambda h, w, t, *_, **__: (h.sum(-1), None))
+    with pytest.raises(RuntimeError, match="hidden states and head differ"):
+        token_logps(model, IDS)
+
+
+def test_weights_that_are_not_finite_are_called_that() -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(RuntimeError, match="own logits are not finite"):
+        token_logps(model, IDS)
+
+
 def tiny_bart() -> nn.Module:
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     return BartForConditionalGeneration(
@@ -128,11 +144,12 @@ def prompt_tuned() -> Any:
     [
         (lambda: "llama", "str, expected a PreTrainedModel"),
         (lambda: nn.DataParallel(tiny_model("llama")), "DataParallel, expected .* the model inside"),
+        (lambda: torch.compile(tiny_model("llama")), "OptimizedModule, expected .* model._orig_mod"),
         (lambda: tiny_model("llama").model, "no language-model head"),
         (tiny_bart, "encoder-decoder"),
         (prompt_tuned, "virtual tokens"),
     ],
-    ids=["name", "wrapped", "no head", "encoder-decoder", "virtual tokens"],
+    ids=["name", "wrapped", "compiled", "no head", "encoder-decoder", "virtual tokens"],
 )
 def test_models_that_have_no_such_log_probs_are_refused(make: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):

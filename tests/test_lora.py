@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from accuracy import assert_errs_at_most_twice
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastdpo_kernels import launch, nf4
-from fastdpo_kernels.lora import Adapter, Projection, lora_linear, lora_mlp, lora_qkv
+from fastdpo_kernels.lora import Adapter, Projection, _product, lora_linear, lora_mlp, lora_qkv
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes has no wheel for macOS")
 
@@ -460,6 +461,39 @@ def test_an_adapter_that_was_stepped_before_its_backward_is_noticed() -> None:
         adapters(projections)["projection.a"].add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_frozen_weight_that_was_changed_before_its_backward_is_noticed(function: str) -> None:
+    projections, x = made(function), random(N, D, seed=5).requires_grad_()
+    outputs = call(function, x, projections)
+    weight = list(projections.values())[-1].weight
+    assert isinstance(weight, Tensor)
+    weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"frozen weight of shape .* was changed in place .* version 1, expected"):
+        sum(y.sum() for y in outputs).backward()
+    sum(y.sum() for y in call(function, x, projections)).backward()
+
+
+def test_scratch_keeps_no_tensor_without_memory() -> None:
+    nf4.free_scratch()
+    with FakeTensorMode():
+        assert type(nf4.scratch(8, torch.bfloat16, torch.device("cpu"))) is FakeTensor
+    assert not nf4._scratch
+    real = nf4.scratch(8, torch.float32, torch.device("cpu"))
+    with FakeTensorMode():
+        assert type(nf4.scratch(8, torch.float32, torch.device("cpu"))) is FakeTensor
+    assert nf4.scratch(8, torch.float32, torch.device("cpu")).data_ptr() == real.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_only_16_bit_factors_ask_a_gpu_for_sums_in_fp32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "addmm", lambda *_, out, **options: (asked.append(options["out_dtype"]), out)[1])
+    with FakeTensorMode():
+        left, right = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((4, 8), (8, 2)))
+        assert _product(left, right, torch.float32).dtype == torch.float32
+    assert asked == ([torch.float32] if dtype == torch.bfloat16 else [])
 
 
 # ---- among torch's other ways

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tiny_models import SIZES, random_pairs, tiny_model
+from tiny_models import FAMILIES, SIZES, random_pairs, tiny_model
 from transformers import AutoConfig, LlamaConfig
 
-from fastdpo import memory
-from fastdpo.activations import Alive, block_kinds, measure_activations, measure_step
+from fastdpo import activations, memory
+from fastdpo.activations import ALIGNMENT, Alive, block_kinds, measure_activations, measure_step, takes_packed
 from fastdpo.attention_backends import Facts
 from fastdpo.batch import pack
 from fastdpo.build import build_policy, plan_batches
 from fastdpo.config import DPOConfig
+from fastdpo.data import TokenPair
 from fastdpo.layout import Layout
 from fastdpo.memory import GiB, MiB, PairLengths, Plan, meta_policy, optimizer_bytes, plan_memory, tensor_bytes
 from fastdpo.model import Policy, checkpointing, load_model_config, without_dropout
@@ -32,7 +34,7 @@ from fastdpo_kernels.linear_logps import linear_logps
 H100 = Facts("cuda", (9, 0), torch.bfloat16, flash_built=True)
 T4 = Facts("cuda", (7, 5), torch.float16, flash_built=True)
 CARD = launch.EXAMPLES["RTX 4090"]
-PAIR = random_pairs((100, 90, 130))[0]
+PAIR = random_pairs((40, 36, 52))[0]
 LENGTHS = PairLengths(200, 100, 80)
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,
@@ -62,6 +64,31 @@ def policy_of(name: str, config: DPOConfig, attention: str = "sdpa", **changes: 
 def plan_of(config: DPOConfig, gigabytes: float, model: Any = LLAMA_8B, **given: Any) -> Plan:
     given = {"lengths": LENGTHS, "device": CARD, **given}
     return plan_memory(model, config, memory=round(gigabytes * GiB), **given)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def measured_once() -> Iterator[None]:
+    """Plans of one shape differ in the card, the optimizer and the pairs only: their activations are measured once for
+    all tests, of pairs of LENGTHS. Sizes go on to 2048 tokens only, from where on the curves here are straight lines.
+    """
+    known: dict[str, Any] = {}
+
+    def once(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(policy: Policy, *given: Any) -> Any:
+            given = tuple(LENGTHS.pair if isinstance(value, TokenPair) else value for value in given)
+            shapes = [(name, p.shape, p.dtype, p.requires_grad) for name, p in policy.named_parameters()]
+            key = repr((function, shapes, policy.autocast, policy.model.config, given))
+            if key not in known:
+                known[key] = function(policy, *given)
+            return known[key]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(activations, "FAR", 2048)
+        for name in ("measure_activations", "takes_packed"):
+            patch.setattr(memory, name, once(getattr(memory, name)))
+        yield
 
 
 # ---- what is counted
@@ -125,10 +152,11 @@ def test_a_reference_of_its_own_is_counted_where_there_is_one(tmp_path) -> None:
 def test_a_reference_that_is_freed_before_training_still_has_to_fit_at_first(tmp_path) -> None:
     model = LlamaConfig(**{**SIZES, "num_hidden_layers": 4})
     given = {"gigabytes": 20, "model": model, "ref_config": LLAMA_8B}
-    plan = plan_of(options(tmp_path, precompute_ref_log_probs=True, bf16=True), **given)
+    config = options(tmp_path, precompute_ref_log_probs=True, bf16=True, use_peft=True)
+    plan = plan_of(config, **given)
     assert plan.reference == 0 and plan.ahead > 14 * GiB
     assert plan.total(100) >= plan.weights + plan.ahead and plan.fits
-    assert not plan_of(options(tmp_path, precompute_ref_log_probs=True, bf16=True), **given | {"gigabytes": 15}).fits
+    assert not plan_of(config, **given | {"gigabytes": 15}).fits
 
 
 def test_a_plan_is_of_the_micro_batches_that_the_run_will_see(tmp_path) -> None:
@@ -147,46 +175,142 @@ def test_a_plan_is_of_the_micro_batches_that_the_run_will_see(tmp_path) -> None:
 # ---- activations
 
 
-def really(policy: Policy, pairs: int, checkpoint: bool) -> Any:
+def really(policy: Policy, pairs: int, checkpoint: Any) -> Any:
     """The same measurement of the whole model on real tensors."""
-    with without_dropout(policy), checkpointing(policy, None) if checkpoint else nullcontext():
+    with without_dropout(policy), nullcontext() if checkpoint is None else checkpointing(policy, checkpoint):
         return measure_step(policy, pack([PAIR] * pairs), Facts())
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpointing"])
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma", "opt", "phi3"])
+# Llama in each way of checkpointing; of the others those in which the plan is furthest from a run (Phi-3, GPT-2), or
+# that have no gated MLP and learned positions (OPT). Gemma and Qwen3 differ from Llama by what is counted elsewhere.
+MEASURED = [
+    ("llama", False, None),
+    ("llama", False, {}),
+    ("llama", True, None),
+    ("llama", True, {"every_n_layers": 2}),
+    ("llama", True, {"every_n_layers": 3}),
+    ("llama", True, {"offload": True}),
+    ("phi3", True, {}),
+    ("gpt2", False, None),
+    ("opt", True, {}),
+]
+
+
+@pytest.mark.parametrize(("name", "adapters", "checkpoint"), MEASURED, ids=str)
 def test_activations_of_a_deep_model_are_those_of_running_it(name, adapters, checkpoint, tmp_path) -> None:
-    """With attention by plain matrix products, which a CPU has, too; a flash kernel it has not."""
+    """With attention by plain matrix products, which a CPU has, too; a flash kernel it has not.
+
+    Four pairs are one of the sizes that are planned by: exact but for the allocator's rounding where a straight line
+    was taken. At 2 and 8 the plan has a chord of the curve of peaks, which is never below it, and above it by less than
+    5% where another moment becomes the peak in between. With offloading that is as many bytes of the forward's peak,
+    which is smaller by the inputs that are not there: 8%. What is no peak differs by rounding only: 512 bytes a tensor.
+    """
     config = options(tmp_path, bf16=True, use_peft=adapters)
-    deep = {"num_hidden_layers": 5, "max_position_embeddings": 512}
+    deep = {"num_hidden_layers": 6, "max_position_embeddings": 512}
     policy = policy_of(name, config, "eager", **deep, **({"n_positions": 512} if name == "gpt2" else {}))
-    planned = measure_activations(policy, PAIR, Facts(), checkpoint)
-    for pairs in (2, 12):
-        real = really(policy, pairs, checkpoint)
-        lines = planned.forward, planned.at_head, planned.kept, planned.attention, planned.backward, planned.last
-        predicted = [line(len(PAIR.prompt + PAIR.chosen + PAIR.rejected) * pairs) for line in lines]
-        assert predicted == pytest.approx(real.bytes.tolist(), rel=0.06, abs=4096)
+    planned = measure_activations(policy, PAIR, Facts(), True, checkpoint)
+    between = 0.08 if checkpoint and checkpoint.get("offload") else 0.05
+    for pairs, above in ((2, between), (4, 5e-4), (8, between)):
+        real = really(policy, pairs, checkpoint).bytes
+        peaks = {"forward": real[0], "backward": real[4], "last": real[5]}
+        for part, size in {"at_head": real[1], "kept": real[2], "attention": real[3], **peaks}.items():
+            most = above if part in peaks else 2e-3
+            surplus = getattr(planned, part)(len(PAIR.prompt + PAIR.chosen + PAIR.rejected) * pairs) - size
+            assert -5e-4 * size <= surplus <= most * size, (part, pairs, surplus / size)
+
+
+NO_PLAN = "a router that is a linear layer and gives several tensors, around which peft cannot put LoRA"
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_plan(name: str, adapters: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one micro-batch: more sizes are more of the same. `takes_packed` says what `find_layout` does."""
+    monkeypatch.setattr(activations, "_sizes", lambda run, one: {1: one})
+    family = FAMILIES[name]
+    config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.config})
+    policy = meta_policy(config, options(tmp_path, bf16=True, use_peft=adapters))
+    if adapters and name in ("phimoe-window", "llama4-chunks"):
+        with pytest.raises(ValueError, match="'tuple' object has no attribute 'dtype'"):
+            measure_activations(policy, activations.PROBE, H100, False)
+        pytest.xfail(NO_PLAN)
+    packed = not family.why_padded
+    assert takes_packed(policy, H100) == packed
+    assert measure_activations(policy, activations.PROBE, H100, packed).kept.bytes[0] > 0
+
+
+def test_a_model_that_takes_too_long_to_plan_is_said_to(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "PATIENCE", 0)
+    policy = meta_policy(AutoConfig.for_model("llama", **SIZES), options(tmp_path))
+    with pytest.raises(ValueError, match="cannot be planned within 0 s: set max_tokens_per_microbatch"):
+        measure_activations(policy, PAIR, H100, True)
+
+
+# ---- quantised weights
+
+
+QUANTISED: list[dict[str, Any]] = [
+    {"load_in_4bit": True},
+    {"load_in_4bit": True, "use_bnb_nested_quant": False},
+    {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+    {"load_in_8bit": True},
+]
+
+
+@pytest.mark.parametrize("given", QUANTISED, ids=str)
+def test_quantised_weights_have_the_bytes_of_those_that_a_run_loads(given: dict[str, Any], tmp_path: Any) -> None:
+    """To the byte, and the plan's copy of the loaded model keeps what running it keeps."""
+    pytest.importorskip("bitsandbytes")
+    config = options(tmp_path, bf16=True, use_peft=True, **given)
+    tiny_model("llama", intermediate_size=72).save_pretrained(tmp_path / "model")
+    real = build_policy(str(tmp_path / "model"), None, config)
+    counted = meta_policy(load_model_config(str(tmp_path / "model"), config), config)
+    assert tensor_bytes(counted, True) == tensor_bytes(real, True)
+    assert tensor_bytes(counted, False) == tensor_bytes(real, False)
+    assert counted.model.num_parameters() == real.model.num_parameters()
+    for parameter in real.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    for checkpoint in (None, {}):
+        kept = really(real, 1, checkpoint).bytes[2]
+        for policy in (real, counted):
+            planned = measure_activations(policy, PAIR, Facts(), True, checkpoint)
+            assert planned.kept.bytes[0] == kept
+
+
+def test_4_bit_weights_take_a_quarter_and_room_for_one_that_is_not(tmp_path: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    both = {"use_peft": True, "bf16": True, "gradient_checkpointing": True}
+    whole, packed = (plan_of(options(tmp_path, **both, **more), 24) for more in ({}, {"load_in_4bit": True}))
+    head = 2 * 2 * 128256 * 4096  # with the embedding, which stays as it is
+    assert packed.weights - head == pytest.approx((whole.weights - head) * 4.127 / 16, rel=1e-3)
+    extra = packed.activations.backward(100) - whole.activations.backward(100)
+    assert 0.8 * 2 * 4096 * 14336 < extra < 1.2 * 2 * 4096 * 14336  # another moment may lead without it
+    assert packed.longest_pair > 1.5 * whole.longest_pair
 
 
 def test_what_is_kept_is_what_autograd_saves(tmp_path) -> None:
-    """Counted another way: by the storages that saved tensors hold, without parameters."""
+    """Counted another way, to the byte: by the storages that saved tensors hold, without parameters and the batch. Of
+    that the model makes views of the position ids, which count, as does the head's result.
+    """
     policy = policy_of("llama", options(tmp_path), "eager", num_hidden_layers=4)
     batch = pack([PAIR] * 4)
     saved: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in [*policy.parameters(), *policy.buffers()]}
+    given = [value for part in (batch, batch.segments) for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    own = {t.untyped_storage().data_ptr() for t in [*policy.parameters(), *policy.buffers(), *given]}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         hidden = policy.hidden_rows(batch)
-    del hidden
-    kept = measure_step(policy, batch, Facts()).bytes[2]
-    assert kept == pytest.approx(sum(saved.values()), rel=0.05)
+        result = activations._Head.apply(hidden, policy.model.lm_head.weight)
+    positions = batch.position_ids.nbytes
+    del hidden, result
+    assert measure_step(policy, batch, Facts()).bytes[2] == sum(saved.values()) + positions + ALIGNMENT
 
 
 def test_views_count_once_and_parameters_and_their_views_do_not() -> None:
@@ -202,9 +326,9 @@ def test_views_count_once_and_parameters_and_their_views_do_not() -> None:
 def test_fused_attention_keeps_its_output_and_a_number_a_query_and_head(card, tmp_path) -> None:
     policy = policy_of("llama", options(tmp_path, bf16=True, use_peft=True), num_hidden_layers=4)
     policy.autocast = card.dtype
-    planned = measure_activations(policy, PAIR, card, checkpoint=False)
+    planned = measure_activations(policy, PAIR, card, True)
     assert planned.attention.per_token == pytest.approx(4 * 4 * (2 * 8 + 4), rel=0.3)  # layers, heads, size, fp32
-    assert measure_activations(policy, PAIR, card, checkpoint=True).attention(1000) == 0
+    assert measure_activations(policy, PAIR, card, True, {}).attention(1000) == 0
 
 
 def test_blocks_of_one_kind_are_counted_by_what_one_more_adds(tmp_path) -> None:
@@ -220,7 +344,7 @@ def test_the_reference_pass_needs_less_than_the_policys(tmp_path) -> None:
     with torch.no_grad(), Alive(iter(policy.parameters())) as alive, torch.autocast("cpu", torch.bfloat16):
         policy.hidden_rows(batch)
         reference = alive.peak
-    for checkpoint in (False, True):
+    for checkpoint in (None, {}):
         assert reference <= really(policy, 4, checkpoint).bytes[0]
 
 
@@ -228,40 +352,49 @@ def test_planning_leaves_a_model_as_it_is(tmp_path) -> None:
     policy = policy_of("llama", options(tmp_path, use_peft=True))
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     layers, gradients = len(policy.model.base_model.model.model.layers), [p.grad for p in policy.parameters()]
-    measure_activations(policy, PAIR, H100, checkpoint=True)
+    measure_activations(policy, PAIR, H100, True, {})
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert len(policy.model.base_model.model.model.layers) == layers and not policy.checkpointed
     assert all(now is then for now, then in zip((p.grad for p in policy.parameters()), gradients, strict=True))
 
 
-@pytest.mark.parametrize("name", ["stablelm", "gptj", "bloom"])
-def test_a_model_that_cannot_pack_is_planned_for_padded_batches(name, tmp_path) -> None:
-    policy = policy_of(name, options(tmp_path, use_peft=True))
-    assert not measure_activations(policy, PAIR, H100, checkpoint=False).packed
+def test_lengths_are_of_the_layout_that_the_run_will_have(tmp_path: Any) -> None:
+    """Bloom is padded, where the longer answer of a pair counts twice."""
+    rows = {"prompt_ids": [[1], [1] * 20], "chosen_ids": [[1] * 150, [1] * 101], "rejected_ids": [[1] * 2, [1] * 102]}
+    model = AutoConfig.for_model("bloom", **{**SIZES, **FAMILIES["bloom"].config})
+    plan = plan_of(options(tmp_path), 8, model, lengths=None, tables=[Dataset.from_dict(rows)])
+    assert not plan.activations.packed and plan.wanted == 302
 
 
 # ---- the head
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("rows", [40, 400])
+@pytest.mark.parametrize(("rows", "dtype"), [(128, torch.float32), (256, torch.float32), (128, torch.float16)], ids=str)
 @pytest.mark.kernels
-def test_the_heads_bytes_are_those_that_linear_logps_allocates(rows, trains, monkeypatch) -> None:
+def test_the_heads_bytes_are_those_that_linear_logps_allocates(rows, dtype, trains, monkeypatch) -> None:
+    """To the byte: in these shapes no tensor is rounded up. Half precision in one chunk only, as a CPU sums those of
+    several by way of copies that a GPU does without.
+    """
+    if trains and dtype == torch.float16:
+        pytest.skip(
+            "Triton's interpreter holds the logits while the weight's gradient is cast; compiled kernels do not"
+        )
     device = launch.Device("interpreter", memory_bytes=0)
-    workspace = 128 * 512 * 4
-    monkeypatch.setattr(launch, "default_workspace_bytes", lambda device: workspace)
+    monkeypatch.setattr(launch, "default_workspace_bytes", lambda device: 128 * 512 * 4)
     monkeypatch.setattr(launch, "head_method", lambda *args: ("streamed", ""))
-    head = memory.HeadMemory(512, 64, torch.float32, torch.float32, torch.float32, trains, device)
-    hidden, weight = torch.randn(rows, 64, requires_grad=True), torch.randn(512, 64, requires_grad=trains)
-    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight) if trains else None
-    with Alive(iter([hidden, weight, hidden.grad, *([weight.grad] if trains else [])])) as alive:
-        logps, _ = linear_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64), method="streamed")
+    head = memory.HeadMemory(512, 64, dtype, dtype, torch.float32, trains, device)
+    hidden, weight = torch.randn(rows, 64).to(dtype).requires_grad_(), torch.randn(512, 64, requires_grad=trains)
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+    targets = torch.zeros(rows, dtype=torch.int64)
+    with Alive(iter([hidden, weight, hidden.grad, weight.grad, targets])) as alive:
+        logps, _ = linear_logps(hidden, weight, targets, method="streamed")
         gc.collect()  # Triton's interpreter leaves cycles that hold the workspace
         forward = alive.start_peak()
         logps.sum().backward()
         backward = alive.start_peak()
-    assert forward == pytest.approx(head.forward(rows), rel=0.1)
-    assert backward == pytest.approx(head.backward(rows), rel=0.1)
+    assert forward == head.forward(rows)
+    assert backward == head.backward(rows) + 2 * ALIGNMENT  # the sum and its gradient
 
 
 # ---- what follows
@@ -290,11 +423,6 @@ def test_a_budget_never_exceeds_what_kernels_index(tmp_path) -> None:
     assert plan.token_budget == memory.MOST_TOKENS < plan.longest_pair
 
 
-def test_a_single_micro_batch_needs_no_more_than_one_of_several(tmp_path) -> None:
-    plan = plan_of(options(tmp_path, bf16=True), 200)
-    assert plan.allocated(4000) - plan.gradients <= plan.allocated(4000, accumulating=False) < plan.allocated(4000)
-
-
 def test_what_does_not_fit_says_which_settings_to_change(tmp_path) -> None:
     long = PairLengths(1000, 1000, 1000)
     plan = plan_of(options(tmp_path, use_peft=True, bf16=True), 24, lengths=long)
@@ -302,7 +430,7 @@ def test_what_does_not_fit_says_which_settings_to_change(tmp_path) -> None:
     (sentence,) = plan.settings_to_change
     assert sentence.startswith("gradient_checkpointing=True") and "up to" in sentence
     named = [s.split("=")[0] for s in plan_of(options(tmp_path, bf16=True), 24, lengths=long).settings_to_change]
-    assert named[0] == "gradient_checkpointing" and named[-1] == "use_peft"
+    assert named[:2] == ["gradient_checkpointing", "activation_offloading"] and named[-1] == "use_peft"
     assert plan_of(options(tmp_path, use_peft=True, bf16=True), 80, lengths=long).settings_to_change == ()
 
 
@@ -312,9 +440,9 @@ def test_a_pair_too_long_for_every_setting_is_to_be_cut(tmp_path) -> None:
 
 
 def test_weights_beyond_the_card_are_said_to_be_so(tmp_path) -> None:
-    plan = plan_of(options(tmp_path, use_peft=True, bf16=True), 8)
+    plan = plan_of(options(tmp_path, use_peft=True, bf16=True, load_in_4bit=True), 4)
     assert plan.longest_pair == 0 and plan.token_budget == 0
-    assert "15.0 GiB of it for weights" in plan.settings_to_change[-1]
+    assert "5.3 GiB of it for weights" in plan.settings_to_change[-1]
     assert "none" in "\n".join(plan.lines())
 
 
@@ -344,11 +472,7 @@ def test_a_run_on_a_gpu_plans_its_micro_batches_where_it_is_not_told(
     table = Dataset.from_dict({"prompt_ids": [[1] * 50], "chosen_ids": [[2] * 20], "rejected_ids": [[3] * 30]})
     budgets = []
     for free in (300 * MiB, 200 * MiB):
-        monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 2 * free))
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-        monkeypatch.setattr(launch, "device_of", lambda device: CARD)
-        monkeypatch.setattr(memory, "device_facts", lambda device, dtype: replace(T4, dtype=dtype))
+        pretend_gpu(monkeypatch, free)
         run = copy.copy(config)
         with caplog.at_level(logging.INFO, "fastdpo"):
             plan_batches(policy, NoReference(), {"train": table, "eval": None}, Layout(True, ""), run)
@@ -357,7 +481,83 @@ def test_a_run_on_a_gpu_plans_its_micro_batches_where_it_is_not_told(
     assert budgets == [777, 777] if given else 100 < budgets[1] < 0.8 * budgets[0]
 
 
+def test_a_run_with_auto_sets_its_checkpointing(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = auto(tmp_path)
+    policy = policy_of("llama", config, num_hidden_layers=8)
+    table = Dataset.from_dict({"prompt_ids": [[1] * 50], "chosen_ids": [[2] * 3000], "rejected_ids": [[3] * 3000]})
+    chosen = []
+    for free in (8 * GiB, 200 * MiB, 120 * MiB):
+        pretend_gpu(monkeypatch, free)
+        run = copy.copy(config)
+        with caplog.at_level(logging.INFO, "fastdpo"):
+            plan_batches(policy, NoReference(), {"train": table, "eval": None}, Layout(True, ""), run)
+        chosen.append((run.gradient_checkpointing, run.checkpoint_options))
+    assert chosen[0] == (False, {"offload": False})
+    assert chosen[1][0] and chosen[1] != chosen[2]
+    assert "taken" in caplog.text
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(DPOConfig, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(launch, "device_of", lambda device: CARD)
+    monkeypatch.setattr(memory, "device_facts", lambda device, dtype: replace(T4, dtype=dtype))
+
+
 def test_a_run_on_a_cpu_plans_nothing(tmp_path: Any) -> None:
     config = options(tmp_path)
     plan_batches(policy_of("llama", config), NoReference(), {}, Layout(True, ""), config)
     assert config.max_tokens_per_microbatch is None
+
+
+# ---- memory="auto"
+
+
+def auto(tmp_path: Any, **given: Any) -> DPOConfig:
+    return options(tmp_path, use_peft=True, bf16=True, memory="auto", **given)
+
+
+def test_auto_takes_the_first_setting_by_which_the_longest_pair_fits(tmp_path: Any) -> None:
+    plan = plan_of(auto(tmp_path), 24, lengths=PairLengths(200, 600, 600))
+    shown = "\n".join(plan.lines())
+    assert all(words in shown for words, _ in memory.LADDER)
+    (taken,) = [line for line in plan.ladder if line.endswith("taken")]
+    before = plan.ladder[1 : plan.ladder.index(taken)]
+    longest = [int(line.split("pairs of up to ")[1].split()[0]) for line in plan.ladder[1:]]
+    assert longest == sorted(longest)
+    assert plan.longest_pair == longest[len(before)] >= 1400 > max(longest[: len(before)])
+    assert "4th block" not in taken and "every" in taken and plan.fits
+    assert "no checkpointing" in next(line for line in plan_of(auto(tmp_path), 80).ladder if "taken" in line)
+
+
+def test_auto_ends_at_the_last_setting_where_none_is_enough(tmp_path: Any) -> None:
+    plan = plan_of(auto(tmp_path), 24, lengths=PairLengths(16, 40_000, 40_000))
+    assert not plan.fits and "inputs on the host" in plan.model
+    assert not any("taken" in line for line in plan.ladder)
+
+
+def test_auto_names_the_settings_that_a_model_does_not_take(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_blocks(policy: Policy, kwargs: Any) -> Any:
+        raise ValueError("checkpoints all of its blocks or none")
+
+    monkeypatch.setattr(activations, "checkpointing", no_blocks)
+    model = LlamaConfig(**{**SIZES, "num_hidden_layers": 7})
+    plan = plan_of(auto(tmp_path), 24, model)
+    assert plan.fits and len([line for line in plan.ladder if "all of its blocks or none" in line]) == 5
+
+
+@pytest.mark.parametrize("given", [{"gradient_checkpointing": True}, {"gradient_checkpointing_kwargs": {"a": 1}}])
+def test_auto_excludes_checkpointing_by_hand(given: dict[str, Any], tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=f"memory='auto' chooses {next(iter(given))}, which is given, too"):
+        auto(tmp_path, **given)
+
+
+def test_auto_needs_a_gpu_to_train_on(tmp_path: Any) -> None:
+    config = auto(tmp_path)
+    with pytest.raises(ValueError, match="memory='auto' plans for an NVIDIA GPU"):
+        plan_batches(policy_of("llama", config), NoReference(), {}, Layout(True, ""), config)
+    with pytest.raises(ValueError, match="memory='most' is not known"):
+        options(tmp_path, memory="most")

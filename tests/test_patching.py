@@ -441,9 +441,7 @@ def test_hooks_on_a_projection_still_run(calls: dict[str, int]) -> None:
     projections = [m for n, m in model.named_modules() if n.endswith(("q_proj", "up_proj"))]
     for projection in projections:
         projection.register_forward_hook(lambda *_: seen.append(1))
-    logps(model)  # the first use calls projections, too
-    seen.clear()
-    expected = logps(model)
+    expected = logps(model)  # the first use, whose comparison no hook sees
     assert len(seen) == 4 and calls["lora_qkv"] == calls["lora_mlp"] == 0
     unpatch(model)
     torch.testing.assert_close(logps(model), expected, rtol=0, atol=1e-4)
@@ -466,7 +464,107 @@ def test_forwards_that_others_have_bound_are_left_and_unpatch_refuses_to_lose_a_
     assert not is_patched(model)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["first use", "later"])
+def test_a_batch_that_mixes_adapters_is_pefts_own(first: bool, calls: dict[str, int]) -> None:
+    model: Any = adapted(tiny_model("llama")).eval()
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    names = ["other", "__base__"]
+    expected = model(IDS, adapter_names=names).logits
+    patch(model)
+    if not first:
+        logps(model)
+        calls.update(lora_qkv=0)
+    torch.testing.assert_close(model(IDS, adapter_names=names).logits, expected, rtol=0, atol=1e-4)
+    assert not calls["lora_qkv"]
+    logps(model)
+    assert calls["lora_qkv"]
+
+
+@pytest.mark.parametrize("when", ["before patch", "before the first use", "after it"])
+@pytest.mark.parametrize("change", ["hook", "another"])
+def test_an_activation_that_was_hooked_or_replaced_is_the_models_own(change: str, when: str) -> None:
+    def alter(model: Any) -> None:
+        mlp = model.model.layers[0].mlp
+        if change == "another":
+            mlp.act_fn = nn.ReLU()
+        else:
+            mlp.act_fn.register_forward_hook(lambda module, given, result: result * 0.5)
+
+    plain, model = tiny_model("llama"), tiny_model("llama")
+    alter(plain)
+    if when == "before patch":
+        alter(model)
+    report = patch(model)
+    assert report.counts["glu"] == 2 - (when == "before patch")
+    if when == "after it":
+        logps(model)
+    if when != "before patch":
+        alter(model)
+    torch.testing.assert_close(logps(model), logps(plain), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.5}], ids=str)
+def test_switching_adapters_off_does_not_change_which_path_a_layer_takes(
+    options: dict[str, Any], calls: dict[str, int]
+) -> None:
+    """A reference of adapters switched off is then bitwise the policy it starts from, on 4-bit weights as well."""
+    model: Any = adapted(tiny_model("qwen2", mlp_bias=True), init_lora_weights=True, **options).train()
+    patch(model)
+    logps(model)
+    assert calls["lora_qkv"] == calls["lora_mlp"] == calls["lora_linear"] == 0
+    with torch.no_grad(), model.disable_adapter():
+        logps(model)
+    assert calls["lora_qkv"] == calls["lora_mlp"] == calls["lora_linear"] == 0
+
+
+def test_models_are_unpatched_and_a_runs_own_exception_comes_out_whatever_unpatch_says(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    for failure, expected in ((KeyError("the run's own"), KeyError), (None, ValueError)):
+        hooked, other = tiny_model("llama"), tiny_model("llama")
+        caplog.clear()
+        with pytest.raises(expected, match="the run's own" if failure else "remove that first"):  # noqa: SIM117
+            with patching.patched([hooked, other]):
+                add_hook_to_module(hooked.model.norm, ModelHook())
+                if failure is not None:
+                    raise failure
+        assert is_patched(hooked) and not is_patched(other)
+        assert ("remove that first" in caplog.text) == (failure is not None)
+
+
 # First use
+
+
+def test_the_bound_of_fp32_products_is_tf32s_where_that_was_switched_on_the_newer_way() -> None:
+    """As transformers' tf32=True does; torch.get_float32_matmul_precision() raises after that."""
+    matmul: Any = torch.backends.cuda.matmul
+    backends: Any = torch.backends
+    before = backends.fp32_precision, matmul.fp32_precision
+    fp32 = {torch.float32}
+    try:
+        backends.fp32_precision = matmul.fp32_precision = "tf32"
+        assert patching.rounding("cuda", fp32) == patching.TF32_BOUND > patching.rounding("cpu", fp32)
+    finally:
+        backends.fp32_precision, matmul.fp32_precision = before
+    assert patching.rounding("cuda", fp32) == patching.rounding("cpu", fp32) == patching.BOUNDS[torch.float32]
+    torch.get_float32_matmul_precision()
+
+
+def test_the_comparison_changes_nothing_that_another_thread_would_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched(adapted(tiny_model("llama"), init_lora_weights=True))
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name]
+    pointers, compared, kernel = [p.data_ptr() for p in factors], [], patching.lora_mlp
+
+    def looking(x: Tensor, *given: Any) -> Tensor:
+        compared.append(all(bool(p.adapter.b.any()) for p in given[:3]))
+        assert not any(bool(p.any()) for p in factors) and [p.data_ptr() for p in factors] == pointers
+        return kernel(x, *given)
+
+    monkeypatch.setattr(patching, "lora_mlp", looking)
+    logps(model)
+    assert compared == [True, False, False]
 
 
 WRONG: dict[str, Any] = {
@@ -589,19 +687,40 @@ def test_the_first_use_does_not_let_bitsandbytes_pack_weights(four_bit: Callable
     with torch.no_grad():
         logps(model)
     for module, data in zip(quantised, before, strict=True):
-        assert module.support_avx512bf16_for_cpu and torch.equal(module.weight.data, data)
+        assert not module.support_avx512bf16_for_cpu and torch.equal(module.weight.data, data)
 
 
+def test_4_bit_dora_has_the_same_gradients_after_an_evaluation(four_bit: Callable[..., Any]) -> None:
+    """peft's own path: bitsandbytes packed its weights in the evaluation, where the CPU has AVX512-bf16 products."""
+    model = adapted(four_bit(torch.bfloat16, torch.bfloat16), use_dora=True)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = True
+    patch(model)
+    before = outcome(model)[1]
+    with torch.no_grad():
+        logps(model.eval())
+    after = outcome(model)[1]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("compute", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
+)
 def test_4_bit_products_in_another_dtype_than_their_input_are_bitsandbytes_own(
-    four_bit: Callable[..., Any], calls: dict[str, int]
+    compute: torch.dtype, dtype: torch.dtype, four_bit: Callable[..., Any], calls: dict[str, int]
 ) -> None:
-    model = adapted(four_bit(torch.float32, torch.bfloat16))
+    model = adapted(four_bit(compute, dtype))
     expected = outcome(model)
     report = patch(model)
-    assert report.counts["lora_qkv"] == 0
-    assert len(report.left_alone["4-bit products in fp32 (set bnb_4bit_compute_dtype=torch.bfloat16)"]) == 14
+    assert not any(report.counts[kind] for kind in ("lora_qkv", "lora_mlp", "lora"))
+    why = f"4-bit products in {compute}, unless under autocast in it (set bnb_4bit_compute_dtype={dtype})"
+    assert len(report.left_alone[why]) == 14
     assert_same(outcome(model), expected, 0.1)
     assert calls["lora_qkv"] == calls["lora_mlp"] == calls["lora_linear"] == 0
+    with torch.autocast("cpu", compute, enabled=compute != torch.float32):
+        logps(model)
+    assert bool(calls["lora_qkv"] and calls["lora_mlp"] and calls["lora_linear"]) == (compute != torch.float32)
 
 
 # Examples

@@ -26,7 +26,8 @@ Products are cuBLAS's. Which of them are joined, by what they read and write at 
 
 Numerics: products in the dtype of x (under autocast in its dtype), adapters cast to it; gradients of adapters in their
 own dtype, on a GPU as they were summed, in fp32. An adapter's product joins y after y was rounded, as peft's does.
-Deterministic where cuBLAS is. Nothing that is given is written to.
+Deterministic where cuBLAS is. Nothing that is given is written to. A dense weight that was written to between forward
+and backward is noticed there.
 
 Legend: N rows of x, I columns, O columns of y, r rank, R the ranks of the adapters that see one x.
 """
@@ -138,6 +139,21 @@ def _check(name: str, projection: Projection, columns: int) -> None:
             )
 
 
+def _versions(projections: Iterable[Projection]) -> list[int | None]:
+    """How often each dense weight was written to; saving it would do this, and keep an offloading hook's copy."""
+    weights = [projection.weight for projection in projections]
+    return [w._version if isinstance(w, Tensor) and not w.is_inference() else None for w in weights]
+
+
+def _check_versions(projections: Sequence[Projection], versions: list[int | None]) -> None:
+    for projection, before, now in zip(projections, versions, _versions(projections), strict=True):
+        if now != before:
+            raise RuntimeError(
+                f"a frozen weight of shape {tuple(projection.weight.shape)} was changed in place between forward and "
+                f"backward: it is at version {now}, expected version {before}; change it after the backward"
+            )
+
+
 def _rows(x: Tensor) -> Tensor:
     """(N, I) in the dtype that is computed in."""
     device = x.device.type
@@ -170,7 +186,7 @@ class _Project(torch.autograd.Function):
         outputs, low = _forward(x, projections, factors)
         needs = ctx.needs_input_grad[2:]
         ctx.save_for_backward(x if any(needs[0::2]) else None, low if any(needs[1::2]) else None, *factors)
-        ctx.projections = projections
+        ctx.projections, ctx.versions = projections, _versions(projections)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -181,6 +197,7 @@ class _Project(torch.autograd.Function):
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
             return None, None, *[None] * len(factors)
+        _check_versions(ctx.projections, ctx.versions)
         with torch.autocast(given.device.type, enabled=False), torch.cuda.device_of(given):
             return _backward(grads, x, low, ctx.projections, factors, ctx.needs_input_grad)
 
@@ -300,7 +317,7 @@ def _factor_gradients(
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """scale * left @ right in `dtype`; in fp32 on a GPU it never was in the factors' 16 bits."""
-    wide = left.is_cuda and dtype == torch.float32 != left.dtype
+    wide = left.is_cuda and dtype == torch.float32 and left.dtype in (torch.float16, torch.bfloat16)
     out = left.new_empty(left.shape[0], right.shape[1], dtype=dtype if wide else left.dtype)
     if wide:
         torch.addmm(out, left, right, out_dtype=dtype, beta=0, alpha=scale, out=out)
@@ -326,7 +343,7 @@ class _Mlp(torch.autograd.Function):
             of_a, of_b = ctx.needs_input_grad[4::2], ctx.needs_input_grad[5::2]
             kept = x if any(of_a[:2]) else None, low if any(of_b[:2]) else None, down_low if of_b[2] else None
             ctx.save_for_backward(gate, up, *kept, *factors)
-        ctx.projections, ctx.activation = projections, activation
+        ctx.projections, ctx.versions, ctx.activation = projections, _versions(projections), activation
         return y
 
     @staticmethod
@@ -334,6 +351,7 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, x, low, down_low, *factors = ctx.saved_tensors
         first, down, needs = ctx.projections[:2], ctx.projections[2:], ctx.needs_input_grad[4:]
+        _check_versions(ctx.projections, ctx.versions)
         with torch.autocast(grad.device.type, enabled=False), torch.cuda.device_of(grad):
             grad = grad.contiguous()
             grad_low = _grad_low([grad], down, factors[4:])

@@ -122,8 +122,11 @@ def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(numel,) of a device's, dtype's and stream's one buffer, which grows when needed and is never given up.
 
     Whoever asks again gets the same memory, so what it holds is to be used up before that, on the stream that was
-    current when it was asked for. A stream is driven by one thread at a time.
+    current when it was asked for. A stream is driven by one thread at a time. A tensor of its own where tensors are
+    made that are no memory, as by FakeTensorMode.
     """
+    if type(torch.empty(0)) is not Tensor:
+        return torch.empty(numel, dtype=dtype, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
