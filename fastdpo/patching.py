@@ -126,8 +126,7 @@ def _bind(model: nn.Module) -> PatchReport:
     families = tuple(dict.fromkeys(name for name, *_ in found))
     for name in families:
         _check_promises(name, FAMILIES[name], [module for row, _, module, _ in found if row == name], model)
-    if families:
-        keep_unpacked(model)
+    keep_unpacked(model)
     checks, left, bound = _Checks(), _LeftAlone(), 0
     forwards: dict[tuple[type, Any], Callable] = {}
     for _, name, module, piece in found:
@@ -298,7 +297,10 @@ def _gated_forward(cls: Any, piece: Gated, checks: _Checks) -> Callable:
         kind, compute = ("glu", apart) if now is None else ("lora_mlp", fused)
         if checks.due(kind, x, self):
             checks.compare(kind, cls, compute, cls.forward, self, _few_rows(x))
-        return apart(self, x) if now is None else lora_mlp(x, *now, activation)
+        if now is None:
+            return apart(self, x)
+        gate, up, down = now
+        return lora_mlp(x, gate, up, down, activation)
 
     return forward
 

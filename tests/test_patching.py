@@ -19,11 +19,12 @@ from accuracy import assert_errs_at_most_twice
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import EXPERTS, FAMILIES, SIZES, Family, gradient_error, tiny_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fastdpo
-from fastdpo import architectures, patching
+from fastdpo import architectures, patching, projections
 from fastdpo.model import without_dropout
 from fastdpo.patching import PatchReport, is_patched, patch, unpatch
 
@@ -435,12 +436,21 @@ def test_other_adapters_compute_the_same(options: dict[str, Any]) -> None:
     assert_same(outcome(patched(model)), expected)
 
 
+def test_frozen_weights_without_memory_take_the_fused_path() -> None:
+    with FakeTensorMode():
+        x, layer = torch.empty(3, 8, requires_grad=True), nn.Linear(8, 4).requires_grad_(False)
+        now = projections.projection(layer, x)
+        assert now is not None
+        patching.lora_linear(x, now).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
 def test_hooks_on_a_projection_still_run(calls: dict[str, int]) -> None:
     model = patched(adapted(tiny_model("llama")))
     seen = []
-    projections = [m for n, m in model.named_modules() if n.endswith(("q_proj", "up_proj"))]
-    for projection in projections:
-        projection.register_forward_hook(lambda *_: seen.append(1))
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "up_proj")):
+            module.register_forward_hook(lambda *_: seen.append(1))
     expected = logps(model)  # the first use, whose comparison no hook sees
     assert len(seen) == 4 and calls["lora_qkv"] == calls["lora_mlp"] == 0
     unpatch(model)
