@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks import memory_table, workload
 from benchmarks.device import DEVICES, ROOT, Device
-from benchmarks.memory_table import AIMS, CONTEXT, GiB, pair
+from benchmarks.memory_table import CONTEXT, GiB, pair
 from benchmarks.models import MODELS, quantised
 from benchmarks.provenance import provenance
 from benchmarks.quantised import QuantisedWeights
@@ -38,6 +38,7 @@ from benchmarks.step import RunFailed, run_environment
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 FITS, FULL, FAILED, DIED, LATE = "fits", "out of memory", "failed", "died", "ended by its time"
 LEAST, MOST = 2, 2**18  # tokens of a response: a word and the end; beyond the largest card asked for
+PLANNED = 512  # tokens of a response in the pairs that are planned, one and more together: from here up to 32k tokens
 ROOM = 2**20  # positions of the model: no trial is longer
 STARTS = 3  # of a contender's process
 GRACE = 20.0  # seconds that a trial may take longer than it was thought to
@@ -220,7 +221,7 @@ def predicted(model: str, prompts: Iterable[str], gibs: Iterable[int], gpu: str 
     card = next((card for name, card in launch.EXAMPLES.items() if name in gpu), launch.EXAMPLES["H200"])
     found: dict[str, dict[str, int]] = {}
     for prompt in prompts:
-        lengths = pair(prompt, max(AIMS.values()))
+        lengths = pair(prompt, PLANNED)
         with tempfile.TemporaryDirectory() as folder:
             config = DPOConfig(output_dir=folder, bf16=True, load_in_4bit=True, gradient_checkpointing=True)
         config.activation_offloading = True  # which is refused where there is no GPU

@@ -11,8 +11,10 @@ with large temporary gradients of weights lead in small batches, those with long
 such a curve lies above it.
 
 What cannot be seen this way is what kernels allocate inside of themselves: `_INSIDE` has it for attention, and
-`_FourBit` and `_EightBit` stand for the layers of bitsandbytes. Token-by-token recurrences are slow to run so: beyond
-SLOW operations a micro-batch there are two sizes only, and after PATIENCE seconds there is no plan.
+`_FourBit` and `_EightBit` stand for the layers of bitsandbytes. A copy whose blocks run on our kernels runs their torch
+methods, of which results count and what they take inside does not: on a GPU our kernels take nothing there.
+Token-by-token recurrences are slow to run so: beyond SLOW operations a micro-batch there are two sizes only, and after
+PATIENCE seconds there is no plan.
 
 Legend: T tokens of a micro-batch, N of them scored, D hidden size, V vocabulary.
 """
@@ -27,7 +29,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from types import MethodType
@@ -49,7 +51,10 @@ from fastdpo.data import TokenPair
 from fastdpo.layout import declared_windows
 from fastdpo.model import Policy, backbone, base_model, checkpointing, input_embedding, output_head, without_dropout
 from fastdpo.offload import HostCopies
+from fastdpo.patching import patched
+from fastdpo.projections import refusal, wider
 from fastdpo.quantized import is_quantized
+from fastdpo_kernels import glu, launch, lora, rms_norm, rope
 
 ALIGNMENT = 512  # bytes: torch's CUDA allocator rounds every block up to it
 # Micro-batches of 1, STEP, STEP^2 and so on pairs are run. In 8B parameters that train in full, the last moment to take
@@ -112,22 +117,27 @@ class Measured:
 
 
 def measure_activations(
-    policy: Policy, pair: Pair, card: Facts, packed: bool, checkpoint: Mapping[str, Any] | None = None
+    policy: Policy,
+    pair: Pair,
+    card: Facts,
+    packed: bool,
+    checkpoint: Mapping[str, Any] | None = None,
+    fused: bool = False,
 ) -> Activations:
     """What `policy`, on any device or none, keeps for micro-batches of pairs like this one on that card.
 
-    checkpoint: the options of `checkpointing`, None without. Raises ValueError for a model that does not run on fake
-    tensors, or not within PATIENCE seconds.
+    checkpoint: the options of `checkpointing`, None without; fused: blocks run on our kernels. Raises ValueError for a
+    model that does not run on fake tensors, or not within PATIENCE seconds.
     """
     options = checkpoint or {}
     every = options.get("every_n_layers", 1)
     kinds = block_kinds(base_model(policy.model), every)
-    run = partial(_run, policy, pair, card, checkpoint, time.monotonic() + PATIENCE)
+    run = partial(_run, policy, pair, card, checkpoint, time.monotonic() + PATIENCE, fused)
     shown = _shown(kinds, every, options.get("offload", False))
     unseen = [more for kind in kinds if (more := [index for index in kind if index not in shown])]
 
     one = run(shown, packed, 1)
-    sizes = _sizes(partial(run, shown, packed), one)
+    sizes = _sizes(partial(run, shown, packed), one, _whole_parts(one.tokens) if fused else 0)
     whole = np.array([size.bytes for size in sizes.values()])
     for left_out in unseen:  # each adds what one more of its kind does
         more = [run(sorted([*shown, left_out[0]]), packed, pairs).bytes for pairs in sizes]
@@ -144,7 +154,7 @@ def takes_packed(policy: Policy, card: Facts) -> bool:
     model = base_model(policy.model)
     shown = _shown(block_kinds(model))
     try:
-        seen = _run(policy, PROBE, card, None, time.monotonic() + PATIENCE, shown, True, 1)
+        seen = _run(policy, PROBE, card, None, time.monotonic() + PATIENCE, False, shown, True, 1)
     except (CannotPack, ValueError):
         return False
     return seen.attention_calls == (len(shown) or _text_config(model).num_hidden_layers) and seen.windows_known
@@ -153,22 +163,31 @@ def takes_packed(policy: Policy, card: Facts) -> bool:
 def _shown(kinds: list[list[int]], every: int = 1, offload: bool = False) -> list[int]:
     """The blocks that are run: the first of each kind, and the second of all, as under adapters the first has an input
     without gradient and its peak elsewhere. With inputs on the host the third, too: two are on the device at a time.
-    Where some blocks checkpoint, the last two of both sorts besides: the peak is in one of them, and all that is between
-    only adds what it keeps.
+    Where some blocks checkpoint, the last two of both sorts besides: the peak is in one of them, and all that is
+    between only adds what it keeps.
     """
     shown = {index for kind in kinds for index in kind if index == kind[0] or index == 1 or (offload and index == 2)}
     last = max((kind[-1] for kind in kinds), default=0)
     return sorted(shown | ({last, last - last % every} if every > 1 and kinds else set()))
 
 
-def _sizes(run: Callable[[int], Measured], one: Measured) -> dict[int, Measured]:
-    """By the number of pairs, smallest first: as many micro-batches as the curves through them need."""
+def _whole_parts(tokens: int) -> int:
+    """Pairs of so many tokens from which on a fused MLP runs in parts."""
+    return -(-launch.MLP_ROWS // tokens)
+
+
+def _sizes(run: Callable[[int], Measured], one: Measured, bend: int = 0) -> dict[int, Measured]:
+    """By the number of pairs, smallest first: as many micro-batches as the curves through them need. At `bend` pairs
+    they bend the other way.
+    """
     few = run(STEP)
     if few.operations > SLOW:
         return {1: one, STEP: few}
     segment_by_segment = few.operations > one.operations
     powers = max(1, math.ceil(math.log(FAR / one.tokens, STEP)))
     pairs = [STEP**power for power in range(powers + 1) if not segment_by_segment or STEP**power <= FEW]
+    if STEP < bend < pairs[-1]:  # beyond it, sizes whose parts are as large as they get
+        pairs = [count for count in pairs if count < bend] + [bend, -(-pairs[-1] // bend) * bend]
     last = run(pairs[-1])
     chord = one.bytes + (last.bytes - one.bytes) * (few.tokens - one.tokens) / (last.tokens - one.tokens)
     if np.allclose(chord, few.bytes, rtol=1e-4):  # rounding; what bends upwards and touches its chord is straight
@@ -207,6 +226,7 @@ def _run(
     card: Facts,
     checkpoint: Mapping[str, Any] | None,
     deadline: float,
+    fused: bool,
     blocks: Sequence[int],
     packed: bool,
     pairs: int,
@@ -215,14 +235,21 @@ def _run(
     name = type(base_model(policy.model)).__name__
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         try:
-            copied = Policy(fake_copy(base_model(policy.model), blocks), policy.autocast, policy.noisy).train()
+            fused_4bit = _fused_4bit(policy) if fused else {}
+            model = fake_copy(base_model(policy.model), blocks, fused_4bit)
+            copied = Policy(model, policy.autocast, policy.noisy).train()
             if copied.asked_attention == "flash_attention_2":
                 copied.asked_attention = None  # torch's own keeps the same, and takes tensors without data
             if not policy.noisy:
                 stack.enter_context(without_dropout(copied))
             if checkpoint is not None:
                 stack.enter_context(_checkpointing(copied, checkpoint, blocks))
-            return measure_step(copied, (pack if packed else pad)([pair] * pairs), card, deadline)
+            batch = (pack if packed else pad)([pair] * pairs)
+            if fused:
+                stack.enter_context(patched([copied.model]))
+                stack.enter_context(_torch_methods(batch.input_ids.numel() // pairs))
+            measured = measure_step(copied, batch, card, deadline)
+            return replace(measured, bytes=measured.bytes + _scratch_bytes(fused_4bit))
         except (CannotPack, torch.OutOfMemoryError):
             raise
         except TooSlow:
@@ -249,8 +276,48 @@ def _checkpointing(copied: Policy, options: Mapping[str, Any], blocks: Sequence[
         yield
 
 
-def fake_copy(model: Any, blocks: Sequence[int]) -> Any:
-    """The model with these of its blocks and with fake tensors, each with a gradient already where it trains.
+@contextmanager
+def _torch_methods(tokens: int) -> Iterator[None]:
+    """Within it, our kernels run their torch methods, and a fused MLP in parts of whole pairs of so many tokens, which
+    are no smaller than a run's.
+    """
+    before = launch.MLP_ROWS, launch.block_method
+    launch.MLP_ROWS, launch.block_method = _whole_parts(tokens) * tokens, lambda *given: "torch"
+    try:
+        yield
+    finally:
+        launch.MLP_ROWS, launch.block_method = before
+
+
+def _fused_4bit(policy: Policy) -> dict[int, tuple[Any, torch.dtype]]:
+    """By identity, the 4-bit layers that run on our kernels, and the dtype of their products."""
+    found: dict[int, tuple[Any, torch.dtype]] = {}
+    for module in policy.model.modules():
+        layers: dict[str, Any] = dict(module.named_children())
+        for name, layer in layers.items():
+            if not is_quantized(layer) or hasattr(layer, "state") or id(layer) in found:
+                continue
+            whole, dtype = module if name == "base_layer" else layer, policy.autocast or layer.compute_dtype
+            if dtype is not None and not (refusal(whole, policy.noisy) or wider(whole, dtype)):
+                found[id(layer)] = layer, dtype
+    return found
+
+
+def _scratch_bytes(layers: Mapping[int, tuple[Any, torch.dtype]]) -> np.ndarray:
+    """Of `nf4.scratch`, which is always there, in the order of Activations' curves."""
+    most = max((layer.in_features * layer.out_features * dtype.itemsize for layer, dtype in layers.values()), default=0)
+    return most * np.array([1, 1, 1, 0, 1, 1])
+
+
+def _as_dense(layer: Any, dtype: torch.dtype) -> nn.Linear:
+    """What keeps as much as this 4-bit layer where it is fused: its weight dequantised, which does not count."""
+    dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+    return dense.requires_grad_(False)
+
+
+def fake_copy(model: Any, blocks: Sequence[int], fused_4bit: Mapping[int, tuple[Any, torch.dtype]]) -> Any:
+    """The model with these of its blocks and with fake tensors, each with a gradient already where it trains; dense
+    layers in place of 4-bit ones that are fused.
 
     Has to be called, and its result used, inside of a FakeTensorMode. The model itself is not changed.
     """
@@ -258,7 +325,9 @@ def fake_copy(model: Any, blocks: Sequence[int]) -> Any:
     left_out = {id(m) for i, block in enumerate(every or ()) if i not in blocks for m in block.modules()}
     memo: dict[int, Any] = {}
     for module in model.modules():
-        if id(module) not in left_out:
+        if id(module) in fused_4bit and id(module) not in left_out:
+            memo[id(module)] = _as_dense(*fused_4bit[id(module)])
+        elif id(module) not in left_out:
             if is_quantized(module):  # what has its scales is not copied
                 memo |= {id(value): value for value in vars(module).values() if _is_state(value)}
             held = chain(module.parameters(recurse=False), module.buffers(recurse=False), vars(module).values())
@@ -299,7 +368,7 @@ def measure_step(policy: Policy, batch: PreferenceBatch, card: Facts, deadline: 
     outside = chain(policy.parameters(), policy.buffers(), gradients)
     alive = Alive(outside, deadline)
     _leave_out_host_copies(policy.checkpointed, alive)
-    with pretend(card), packed_calls() as calls, _as_cuda_casts(policy.checkpointed), alive:
+    with pretend(card), packed_calls() as calls, _as_cuda_casts(policy.checkpointed), _as_one(alive), alive:
         with torch.autocast("cpu", policy.autocast) if policy.autocast else nullcontext():
             head = output_head(base_model(policy.model))
             with _at_embedding(policy, lambda: marks.append(alive.start_peak())):
@@ -367,6 +436,7 @@ class Alive(TorchDispatchMode):
         """`outside`: tensors that are not counted, nor views of them; `deadline`: of time.monotonic, to raise at."""
         super().__init__()
         self.deadline, self.on_device = deadline, True  # what is made while on_device is False is not counted
+        self.inside = False  # a kernel, of which results count only
         self.now = self.peak = self.attention = self.operations = 0
         self._keys = {tensor.untyped_storage()._cdata for tensor in outside}
 
@@ -387,14 +457,15 @@ class Alive(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage(), name in _ATTENTION)
+                if not self.inside:
+                    self.note(tensor.untyped_storage(), name in _ATTENTION)
                 if time.monotonic() > self.deadline:  # not where a device is asked for: torch aborts the process there
                     raise TooSlow
         if name in _INSIDE:
             self.peak = max(self.peak, self.now + _INSIDE[name](*args))
         return result
 
-    def _note(self, storage: Any, attention: bool) -> None:
+    def note(self, storage: Any, attention: bool) -> None:
         key, size = storage._cdata, -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT * self.on_device
         if key in self._keys:
             return
@@ -434,6 +505,43 @@ def _leave_out_host_copies(checkpointed: Sequence[Any], alive: Alive) -> None:
             return keep(tensor)
 
         copies._keep = keep_beside
+
+
+_KERNELS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (glu, ("glu_forward", "glu_backward")),
+    (lora, ("glu_forward", "glu_backward")),
+    (rms_norm._Torch, ("forward", "backward")),
+    (rope, ("_rotate",)),
+)
+
+
+@contextmanager
+def _as_one(alive: Alive) -> Iterator[None]:
+    """Within it, our kernels count as on a GPU: what they give, and nothing that their torch methods take inside."""
+
+    def whole(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            alive.inside = True
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                alive.inside = False
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    alive.note(tensor.untyped_storage(), False)
+            return result
+
+        return call
+
+    before = [(place, name, vars(place)[name]) for place, names in _KERNELS for name in names]
+    for place, name, _ in before:
+        function = whole(getattr(place, name))
+        setattr(place, name, staticmethod(function) if isinstance(place, type) else function)
+    try:
+        yield
+    finally:
+        for place, name, function in before:
+            setattr(place, name, function)
 
 
 class _FourBit(torch.autograd.Function):

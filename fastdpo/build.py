@@ -29,7 +29,7 @@ from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, 
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
 from fastdpo.losses import find_loss, pairwise_loss, sees_mean_reward, sees_reference
-from fastdpo.memory import PairLengths, plan_run
+from fastdpo.memory import PairLengths, plan_run, runs_fused
 from fastdpo.metrics import RunFiles
 from fastdpo.model import (
     Policy,
@@ -380,10 +380,7 @@ def fused_blocks(policies: Sequence[Policy | None], config: DPOConfig) -> Iterat
 
 
 def use_fused_kernels(config: DPOConfig) -> bool:
-    """On a CPU only where asked for: plain torch under autograd is as fast there, and its compiler is on no device."""
-    if config.fused_kernels is None:
-        return launch.device_of(config.device).compiles and not config.torch_compile
-    return config.fused_kernels
+    return runs_fused(config, launch.device_of(config.device))
 
 
 def describe(

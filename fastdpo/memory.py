@@ -540,7 +540,8 @@ def _plan(
     compute = _products(policy)
     checkpoint = bool(config.gradient_checkpointing) or checkpoints_already(policy.model)
     options = config.checkpoint_options if checkpoint else None
-    activations = measure_activations(policy, lengths.pair, facts, packed, options)
+    fused = runs_fused(config, device)
+    activations = measure_activations(policy, lengths.pair, facts, packed, options, fused)
     trained = tensor_bytes(policy, trained=True)
     numbers = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     adapters = trained if isinstance(policy.model, PeftModel) else 0
@@ -566,6 +567,15 @@ def _plan(
         given_budget=config.max_tokens_per_microbatch,
         notes=tuple(_notes(activations, note)),
     )
+
+
+def runs_fused(config: DPOConfig, device: launch.Device) -> bool:
+    """Whether blocks train on our kernels there. On a CPU only where asked for: plain torch under autograd is as fast
+    there, and its compiler is on no device.
+    """
+    if config.fused_kernels is None:
+        return device.compiles and not config.torch_compile
+    return config.fused_kernels
 
 
 def _facts_of_card(device: launch.Device, compute: torch.dtype) -> Facts:

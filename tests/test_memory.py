@@ -27,6 +27,7 @@ from fastdpo.layout import Layout
 from fastdpo.memory import GiB, MiB, PairLengths, Plan, meta_policy, optimizer_bytes, plan_memory, tensor_bytes
 from fastdpo.model import Policy, checkpointing, load_model_config, without_dropout
 from fastdpo.optimizer import build_optimizer
+from fastdpo.patching import patched
 from fastdpo.reference import NoReference
 from fastdpo_kernels import launch
 from fastdpo_kernels.linear_logps import linear_logps
@@ -35,6 +36,7 @@ H100 = Facts("cuda", (9, 0), torch.bfloat16, flash_built=True)
 T4 = Facts("cuda", (7, 5), torch.float16, flash_built=True)
 CARD = launch.EXAMPLES["RTX 4090"]
 PAIR = random_pairs((40, 36, 52))[0]
+PAIR_TOKENS = 40 + 36 + 52
 LENGTHS = PairLengths(200, 100, 80)
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,
@@ -156,7 +158,7 @@ def test_a_reference_that_is_freed_before_training_still_has_to_fit_at_first(tmp
     plan = plan_of(config, **given)
     assert plan.reference == 0 and plan.ahead > 14 * GiB
     assert plan.total(100) >= plan.weights + plan.ahead and plan.fits
-    assert not plan_of(config, **given | {"gigabytes": 15}).fits
+    assert not replace(plan, memory=15 * GiB).fits
 
 
 def test_a_plan_is_of_the_micro_batches_that_the_run_will_see(tmp_path) -> None:
@@ -215,18 +217,44 @@ def test_activations_of_a_deep_model_are_those_of_running_it(name, adapters, che
         peaks = {"forward": real[0], "backward": real[4], "last": real[5]}
         for part, size in {"at_head": real[1], "kept": real[2], "attention": real[3], **peaks}.items():
             most = above if part in peaks else 2e-3
-            surplus = getattr(planned, part)(len(PAIR.prompt + PAIR.chosen + PAIR.rejected) * pairs) - size
+            surplus = getattr(planned, part)(PAIR_TOKENS * pairs) - size
             assert -5e-4 * size <= surplus <= most * size, (part, pairs, surplus / size)
+
+
+@pytest.mark.parametrize("checkpoint", [None, {}, {"every_n_layers": 2}, {"offload": True}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_activations_of_fused_blocks_are_those_of_running_them(
+    name: str, checkpoint: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their MLPs run in parts from 5 pairs on, of which the plan takes the largest: never below, here by less than 15%
+    above, as it has 640 rows in each where a run has 320 or 512.
+    """
+    monkeypatch.setattr(launch, "MLP_ROWS", 600)
+    config = options(tmp_path, bf16=True, use_peft=True)
+    policy = policy_of(name, config, "eager", num_hidden_layers=4, max_position_embeddings=512)
+    planned = measure_activations(policy, PAIR, Facts(), True, checkpoint, True)
+    with patched([policy.model]) as (report,):
+        assert report.counts["lora_mlp"] == report.counts["lora_qkv"] == 4
+        really(policy, 1, checkpoint)  # each kind of module compares itself at its first call
+        for pairs, above in ((1, 5e-4), (4, 5e-4), (5, 0.15), (8, 0.15)):
+            real = really(policy, pairs, checkpoint).bytes
+            for part, size in zip(("forward", "at_head", "kept", "attention", "backward", "last"), real, strict=True):
+                surplus = getattr(planned, part)(PAIR_TOKENS * pairs) - size
+                assert -5e-4 * size <= surplus <= above * size, (part, pairs, surplus / size)
 
 
 NO_PLAN = "a router that is a linear layer and gives several tensors, around which peft cannot put LoRA"
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", FAMILIES)
+# In full, those that stand for the others: a plain block, experts, a recurrence. Adapters are more to stumble over.
+IN_FULL = ("llama", "mixtral", "deepseek-v3-mla", "qwen3-next-hybrid", "phimoe-window", "llama4-chunks")
+SWEEP = [(name, True) for name in FAMILIES] + [(name, False) for name in IN_FULL]
+
+
+@pytest.mark.parametrize(("name", "adapters"), SWEEP, ids=str)
 def test_every_family_has_a_plan(name: str, adapters: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one micro-batch: more sizes are more of the same. `takes_packed` says what `find_layout` does."""
-    monkeypatch.setattr(activations, "_sizes", lambda run, one: {1: one})
+    monkeypatch.setattr(activations, "_sizes", lambda run, one, _: {1: one})
     family = FAMILIES[name]
     config = AutoConfig.for_model(family.model_type, **{**SIZES, **family.config})
     policy = meta_policy(config, options(tmp_path, bf16=True, use_peft=adapters))
@@ -285,7 +313,7 @@ def test_4_bit_weights_take_a_quarter_and_room_for_one_that_is_not(tmp_path: Any
     head = 2 * 2 * 128256 * 4096  # with the embedding, which stays as it is
     assert packed.weights - head == pytest.approx((whole.weights - head) * 4.127 / 16, rel=1e-3)
     extra = packed.activations.backward(100) - whole.activations.backward(100)
-    assert 0.8 * 2 * 4096 * 14336 < extra < 1.2 * 2 * 4096 * 14336  # another moment may lead without it
+    assert extra == 2 * 4096 * 14336  # the buffer that weights are dequantised to
     assert packed.longest_pair > 1.5 * whole.longest_pair
 
 
@@ -296,7 +324,9 @@ def test_what_is_kept_is_what_autograd_saves(tmp_path) -> None:
     policy = policy_of("llama", options(tmp_path), "eager", num_hidden_layers=4)
     batch = pack([PAIR] * 4)
     saved: dict[int, int] = {}
-    given = [value for part in (batch, batch.segments) for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    given = [
+        value for part in (batch, batch.segments) for value in vars(part).values() if isinstance(value, torch.Tensor)
+    ]
     own = {t.untyped_storage().data_ptr() for t in [*policy.parameters(), *policy.buffers(), *given]}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -381,10 +411,10 @@ def test_the_heads_bytes_are_those_that_linear_logps_allocates(rows, dtype, trai
             "Triton's interpreter holds the logits while the weight's gradient is cast; compiled kernels do not"
         )
     device = launch.Device("interpreter", memory_bytes=0)
-    monkeypatch.setattr(launch, "default_workspace_bytes", lambda device: 128 * 512 * 4)
+    monkeypatch.setattr(launch, "default_workspace_bytes", lambda device: 128 * 256 * 4)
     monkeypatch.setattr(launch, "head_method", lambda *args: ("streamed", ""))
-    head = memory.HeadMemory(512, 64, dtype, dtype, torch.float32, trains, device)
-    hidden, weight = torch.randn(rows, 64).to(dtype).requires_grad_(), torch.randn(512, 64, requires_grad=trains)
+    head = memory.HeadMemory(256, 64, dtype, dtype, torch.float32, trains, device)
+    hidden, weight = torch.randn(rows, 64).to(dtype).requires_grad_(), torch.randn(256, 64, requires_grad=trains)
     hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
     targets = torch.zeros(rows, dtype=torch.int64)
     with Alive(iter([hidden, weight, hidden.grad, weight.grad, targets])) as alive:
@@ -486,9 +516,9 @@ def test_a_run_with_auto_sets_its_checkpointing(
 ) -> None:
     config = auto(tmp_path)
     policy = policy_of("llama", config, num_hidden_layers=8)
-    table = Dataset.from_dict({"prompt_ids": [[1] * 50], "chosen_ids": [[2] * 3000], "rejected_ids": [[3] * 3000]})
+    table = Dataset.from_dict({"prompt_ids": [[1] * 50], "chosen_ids": [[2] * 8000], "rejected_ids": [[3] * 8000]})
     chosen = []
-    for free in (8 * GiB, 200 * MiB, 120 * MiB):
+    for free in (8 * GiB, 160 * MiB, 90 * MiB):
         pretend_gpu(monkeypatch, free)
         run = copy.copy(config)
         with caplog.at_level(logging.INFO, "fastdpo"):
@@ -521,14 +551,14 @@ def auto(tmp_path: Any, **given: Any) -> DPOConfig:
 
 
 def test_auto_takes_the_first_setting_by_which_the_longest_pair_fits(tmp_path: Any) -> None:
-    plan = plan_of(auto(tmp_path), 24, lengths=PairLengths(200, 600, 600))
+    plan = plan_of(auto(tmp_path), 24, lengths=PairLengths(200, 1500, 1500))
     shown = "\n".join(plan.lines())
     assert all(words in shown for words, _ in memory.LADDER)
     (taken,) = [line for line in plan.ladder if line.endswith("taken")]
     before = plan.ladder[1 : plan.ladder.index(taken)]
     longest = [int(line.split("pairs of up to ")[1].split()[0]) for line in plan.ladder[1:]]
     assert longest == sorted(longest)
-    assert plan.longest_pair == longest[len(before)] >= 1400 > max(longest[: len(before)])
+    assert plan.longest_pair == longest[len(before)] >= 3200 > max(longest[: len(before)])
     assert "4th block" not in taken and "every" in taken and plan.fits
     assert "no checkpointing" in next(line for line in plan_of(auto(tmp_path), 80).ladder if "taken" in line)
 
