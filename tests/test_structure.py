@@ -37,7 +37,10 @@ MAY_IMPORT = {
     "loader": {"batch", "config", "data", "layout"},
     "reference": {"batch", "model"},
     "identity": {"model"},
-    "activations": {"attention", "attention_backends", "batch", "data", "layout", "model", "offload", "quantized"},
+    "activations": {
+        *("attention", "attention_backends", "batch", "data", "layout", "model", "offload", "patching"),
+        *("projections", "quantized"),
+    },
     "memory": {"activations", "attention_backends", "config", "data", "losses", "model", "quantized"},
     "reference_cache": {"batch", "config", "data", "identity", "layout", "loader", "reference", "retry"},
     "step": {"batch", "losses", "model"},
