@@ -547,9 +547,10 @@ def _devices() -> list[str]:
 
 def _paths() -> None:
     from fastdpo import attention
-    from fastdpo_kernels import linear_logps, pair_loss
+    from fastdpo_kernels import glu, linear_logps, lora, nf4, pair_loss, rms_norm, rope
 
-    reports = attention.backend_report(), linear_logps.method_report(), pair_loss.method_report()
+    kernels = (linear_logps, pair_loss, lora, nf4, rms_norm, rope, glu)
+    reports = attention.backend_report(), *(kernel.method_report() for kernel in kernels)
     _print_rows("paths", [row for report in reports for row in report])
 
 

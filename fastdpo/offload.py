@@ -72,7 +72,7 @@ class _Kept:
 
     All copies go over one stream, so a way back never overtakes the way there. Device memory belongs to the stream that
     computes, which waits for a copy before memory is let go of or read: so the allocator can give it out again at once,
-    also while the host is many blocks ahead, and at most two inputs are on the device beside the last.
+    also while the host is many blocks ahead, and two inputs are on the device at a time, three while one comes back.
     """
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None, before: Callable[[], _Kept | None]) -> None:

@@ -407,8 +407,9 @@ def test_the_heads_bytes_are_those_that_linear_logps_allocates(rows, dtype, trai
     several by way of copies that a GPU does without.
     """
     if trains and dtype == torch.float16:
-        pytest.skip(
-            "Triton's interpreter holds the logits while the weight's gradient is cast; compiled kernels do not"
+        pytest.xfail(
+            "the plan is 48,640 bytes low in the interpreter, which fits logits that are alive while the weight's "
+            "gradient is cast; whether compiled kernels hold them, too, has not been seen on a GPU"
         )
     device = launch.Device("interpreter", memory_bytes=0)
     monkeypatch.setattr(launch, "default_workspace_bytes", lambda device: 128 * 256 * 4)

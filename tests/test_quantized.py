@@ -110,8 +110,9 @@ def test_loading_takes_little_more_memory_than_the_weights_in_4_bits(tmp_path) -
     loaded, peak = _peak_of(lambda: load_model(str(tmp_path / "m"), config, adapters=True))
     four = loaded.get_memory_footprint()
     assert four < 0.3 * sixteen
-    # 26 to 66 MiB in three runs, of 28.6 in 4 bits: one matrix at a time goes through six temporaries of 4 MiB, and
-    # what is smaller than 1 MiB stays in glibc's heap. The 16-bit weights alone would be 112.
+    # 26 to 66 MiB in three runs, of 28.6 in 4 bits: one matrix at a time goes through six temporaries of 4 MiB. Why
+    # runs differ so much is not known, so this holds no more than that the 16-bit weights, 112 MiB, are never there
+    # whole.
     assert peak - before < 0.75 * sixteen
 
 
