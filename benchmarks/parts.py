@@ -97,7 +97,7 @@ def measure_parts(trainer: Any, device: Device, repeat: int) -> dict[str, float]
                 form = output_head(base_model(policy.model))
                 scale = {"logit_scale": form.logit_scale, "softcap": form.softcap, "stats": TOKEN_STATS}
                 leaf = hidden.detach().requires_grad_()
-                logps, _ = linear_logps(leaf, form.weight, batch.targets, form.bias, **scale)
+                logps, _ = linear_logps(form.inputs(leaf), form.weight, batch.targets, form.bias, **scale)
             logps.sum().backward()
 
     def reference() -> None:

@@ -372,7 +372,7 @@ def measure_step(policy: Policy, batch: PreferenceBatch, card: Facts, deadline: 
         with torch.autocast("cpu", policy.autocast) if policy.autocast else nullcontext():
             head = output_head(base_model(policy.model))
             with _at_embedding(policy, lambda: marks.append(alive.start_peak())):
-                hidden = policy.hidden_rows(batch)
+                hidden = head.inputs(policy.hidden_rows(batch))
             dtype, forward, at_head, count = hidden.dtype, alive.start_peak(), alive.now, calls.count
             result = _Head.apply(hidden.to(policy.autocast or dtype), head.weight)  # as linear_logps has it
         del hidden, head

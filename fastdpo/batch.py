@@ -88,6 +88,19 @@ class PreferenceBatch(_TensorFields):
         return self._map(lambda tensor: tensor.pin_memory())
 
 
+@dataclass(frozen=True)
+class OptimizerBatch:
+    """This process's share of an optimizer batch, and what all shares together count."""
+
+    microbatches: Sequence[PreferenceBatch]  # equally many in every process: some may be `emptied`
+    num_pairs: int
+    num_chosen_tokens: int
+    num_tokens: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> OptimizerBatch:
+        return replace(self, microbatches=[batch.to(device, non_blocking) for batch in self.microbatches])
+
+
 def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
     """Pairs end to end in one row, each prompt once."""
     ids: list[int] = []
@@ -185,6 +198,29 @@ def _balanced(lengths: Sequence[int], order: Sequence[int], max_tokens: int) -> 
     fits = all(len(group) == 1 or load <= max_tokens for group, load in zip(even, loads, strict=True))
     groups = even if fits else fitted
     return sorted(groups, key=lambda group: -sum(lengths[index] for index in group))
+
+
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Indices of an optimizer batch's pairs, equally many to each hand (up to one), their tokens balanced: the longest
+    pairs first, of each round the longest to the hand that holds least.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    loads = [0] * hands
+    for start in range(0, len(order), hands):
+        lightest = sorted(range(hands), key=loads.__getitem__)
+        for hand, index in zip(lightest, order[start : start + hands], strict=False):
+            dealt[hand].append(index)
+            loads[hand] += lengths[index]
+    return dealt
+
+
+def emptied(batch: PreferenceBatch) -> PreferenceBatch:
+    """No pairs: the model runs over the same tokens, none of which is scored. Where one process has no micro-batch left
+    and others do, it takes part in what the model's forward and backward do together.
+    """
+    none = {"logit_rows": batch.logit_rows[:0], "targets": batch.targets[:0], "cu_seqlens": batch.cu_seqlens[:1]}
+    return replace(batch, **none, keys=(), num_tokens=0, num_chosen_tokens=0)
 
 
 class Tokens(NamedTuple):

@@ -47,6 +47,7 @@ from fastdpo.model import (
 )
 from fastdpo.patching import PatchReport, patched
 from fastdpo.quantized import quantized_by, weights_report
+from fastdpo.ranks import Ranks, find_ranks
 from fastdpo.reference import NoReference, Reference, find_reference
 from fastdpo.reference_cache import remember
 from fastdpo.step import MeanReward
@@ -135,8 +136,9 @@ def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> An
 
 
 def build_table(source: Any, tokenizer: Any, config: DPOConfig, name: str, split: str) -> Table:
-    """Any dataset that load_rows takes -> token id columns."""
-    table = tokenize_pairs(load_rows(source, split, name), tokenizer, config, name)
+    """Any dataset that load_rows takes -> token id columns; the first process of a machine fills datasets' cache."""
+    with config.main_process_first():
+        table = tokenize_pairs(load_rows(source, split, name), tokenizer, config, name)
     if name == "train" and isinstance(table, IterableDataset) and config.max_steps < 1:
         raise ValueError(
             "train_dataset is a stream, whose length is not known: set max_steps to the number of optimizer steps"
@@ -161,21 +163,23 @@ def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig, prefix: st
     return {name: build_table(part, tokenizer, config, name, config.dataset_test_split) for name, part in named.items()}
 
 
-def build_policy(model: Model, peft_config: Any, config: DPOConfig) -> Policy:
-    """The model on its device: adapters added, trained weights in fp32."""
+def build_policy(model: Model, peft_config: Any, config: DPOConfig, ranks: Ranks) -> Policy:
+    """The model on its device: adapters added, trained weights in fp32, the same in every process."""
     adapters = peft_config is not None or config.use_peft
     loaded = add_adapters(load_model(model, config, adapters), peft_config, config)
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     prepare_precision(loaded, autocast)
-    return Policy(place(loaded, config.device), autocast, noisy=not config.disable_dropout).train()
+    ranks.equalise(place(loaded, config.device))
+    return Policy(loaded, autocast, noisy=not config.disable_dropout).train()
 
 
-def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig) -> Policy | None:
+def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig, ranks: Ranks) -> Policy | None:
     """A reference model of its own, loaded as frozen weights are and computing as the policy does."""
     if ref_model is None:
         return None
     loaded = load_model(ref_model, config, adapters=True, is_reference=True)
-    return Policy(place(loaded, config.device), policy.autocast)
+    ranks.equalise(place(loaded, config.device))
+    return Policy(loaded, policy.autocast)
 
 
 def common_layout(policy: Policy, ref_policy: Policy | None, tokenizer: Any) -> Layout:
@@ -214,6 +218,7 @@ def plan_batches(
     tables: Mapping[str, Table | None],
     layout: Layout,
     config: DPOConfig,
+    ranks: Ranks,
 ) -> None:
     """On a CUDA device: the memory plan, and from it `max_tokens_per_microbatch` where it is unset, and checkpointing
     with memory="auto". Raises ValueError where that is asked for and there is no plan.
@@ -234,7 +239,7 @@ def plan_batches(
     for line in plan.lines():
         logger.log(logging.INFO if plan.fits else logging.WARNING, "memory: %s", line)
     if config.max_tokens_per_microbatch is None:
-        config.max_tokens_per_microbatch = max(1, plan.token_budget)
+        config.max_tokens_per_microbatch = max(1, int(ranks.exchange([plan.token_budget]).min()))
 
 
 def remember_reference(
@@ -245,6 +250,7 @@ def remember_reference(
     config: DPOConfig,
     model: Model | None,
     ref_model: Model | None,
+    ranks: Ranks,
 ) -> bool:
     """With `precompute_ref_log_probs` or `ref_log_probs`: log-probs of all rows, after which a reference model of its
     own is freed; -> whether one was.
@@ -253,7 +259,7 @@ def remember_reference(
         return False
     source = model if ref_model is None else ref_model
     given = {name: table for name, table in tables.items() if table is not None}
-    complete = remember(reference, given, layout, config, source if isinstance(source, str) else None)
+    complete = remember(reference, given, layout, config, source if isinstance(source, str) else None, ranks)
     if not complete or reference.policy is policy:
         return False
     reference.free()
@@ -283,11 +289,13 @@ def compute_reference(
         loaded.float()  # as what trains in full is
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     policy = Policy(place(loaded, config.device), autocast).requires_grad_(False).eval()
+    ranks = find_ranks(config)
+    ranks.equalise(policy)
     tables = check_fit(policy, None, tables, tokenizer, config)
     with fused_blocks([policy], config):
         layout = common_layout(policy, None, tokenizer)
         reference = Reference(policy, nullcontext, f"{source} alone", True, config.ld_alpha)
-        remember(reference, tables, layout, config, source)
+        remember(reference, tables, layout, config, source, ranks)
     return reference.known_rows
 
 
@@ -389,6 +397,7 @@ def describe(
     reference: Reference | NoReference,
     fused: Sequence[PatchReport],
     config: DPOConfig,
+    ranks: Ranks,
 ) -> None:
     """What the run resolved to, a line each."""
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -401,6 +410,8 @@ def describe(
     if quantized := weights_report(policy):
         logger.info("base weights: %s", quantized)
     logger.info("device: %s, matrix products in %s, dropout %s", device, products, "on" if policy.noisy else "off")
+    if ranks.count > 1:
+        logger.info("processes: %d, each with the whole model; gradients are summed once a step", ranks.count)
     logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)
     logger.info("reference: %s", reference.description)
     if getattr(base_model(policy.model).config.get_text_config(), "output_router_logits", False):
@@ -420,6 +431,6 @@ def describe(
         losses,
         config.beta,
         config.learning_rate,
-        config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.count,
         f"{budget} tokens" if (budget := token_budget(config)) else f"{config.per_device_train_batch_size} pairs",
     )

@@ -44,10 +44,8 @@ def save_checkpoint(
     model: PreTrainedModel | PeftModel, processing_class: Any, state: TrainerState, output_dir: Path, limit: int | None
 ) -> Path:
     """-> output_dir/checkpoint-STEP; the oldest ones beyond `limit` go, never the best one."""
-    directory = output_dir / f"checkpoint-{state.global_step}"
+    directory = path_of(output_dir, state)
     save_model(model, processing_class, directory)
-    if state.best_global_step == state.global_step:
-        state.best_model_checkpoint = str(directory)
     state.save_to_json(str(directory / "trainer_state.json"))
     if limit:
         best = state.best_model_checkpoint
@@ -56,6 +54,11 @@ def save_checkpoint(
         for old in others[: max(0, len(others) + len(kept) - limit)]:
             shutil.rmtree(old)
     return directory
+
+
+def path_of(output_dir: Path, state: TrainerState) -> Path:
+    """Where the checkpoint of this step goes."""
+    return output_dir / f"checkpoint-{state.global_step}"
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -472,10 +472,18 @@ class DPOConfig(TrainingArguments):
             )
 
     def _check_devices(self) -> None:
-        if self.world_size > 1:
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != self.world_size:
             raise ValueError(
-                f"{self.world_size} processes were launched; training in several is not available yet: start one."
+                f"{launched} processes were launched, and this one trains on its own ({self.device}): set use_cpu=True "
+                "if they are to train together on CPUs, or start one."
             )
+        for engine in ("FSDP", "DEEPSPEED"):
+            if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("1", "true"):
+                raise ValueError(
+                    f"accelerate was configured for {engine}, which is not available yet: configure it for MULTI_GPU, "
+                    "where every process holds the whole model."
+                )
         if self.use_cpu and self.device.type != "cpu":
             raise ValueError(
                 f"use_cpu was set after {self.device} had been chosen: give use_cpu=True when the config is made."

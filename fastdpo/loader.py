@@ -16,10 +16,11 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fastdpo.batch import PreferenceBatch, microbatches, pairs_of
+from fastdpo.batch import PreferenceBatch, deal, emptied, microbatches, pairs_of
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths, row_key
 from fastdpo.layout import Layout
+from fastdpo.ranks import Ranks
 
 # Tokens of a micro-batch on a CPU, where `max_tokens_per_microbatch` is unset. 16 pairs of a 20M-parameter Llama took
 # 21 s with budgets of 512, 1024, 2048 and none, and 0.7, 1.0, 1.4 and 2.0 GiB (2-core Xeon, 1 thread, 2026-11-22).
@@ -28,21 +29,28 @@ CPU_TOKENS = 512
 
 @dataclass(frozen=True)
 class Collate:
-    """Rows of one optimizer batch -> its micro-batches."""
+    """Rows of one optimizer batch -> the micro-batches of this process's share."""
 
     layout: Layout
     max_pairs: int  # a micro-batch, without a token budget
     max_tokens: int | None
+    ranks: Ranks
     keyed: bool = True  # rows are named, so that their reference log-probs are remembered
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> list[PreferenceBatch]:
         pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
+        if self.ranks.count > 1:
+            share = deal([self.layout.tokens(pair) for pair in pairs], self.ranks.count)[self.ranks.rank]
+            pairs = [pairs[index] for index in share]
         return self._grouped(pairs, [row_key(pair) for pair in pairs] if self.keyed else [])
 
     def regroup(self, batches: Sequence[PreferenceBatch], max_tokens: int) -> list[PreferenceBatch]:
         """The same optimizer batch, on the CPU, in micro-batches by another budget."""
         pairs = [TokenPair(*tokens) for batch in batches for tokens in pairs_of(batch)]
         return replace(self, max_tokens=max_tokens)._grouped(pairs, [key for batch in batches for key in batch.keys])
+
+    def empty(self) -> PreferenceBatch:
+        return emptied(self.layout.collate([TokenPair([0], [0], [0])]))
 
     def _grouped(self, pairs: Sequence[TokenPair], keys: Sequence[bytes]) -> list[PreferenceBatch]:
         lengths = [self.layout.tokens(pair) for pair in pairs]
@@ -76,24 +84,25 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.rows, generator=generator).tolist())
 
 
-def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig) -> DataLoader:
-    """Optimizer batches of per_device_train_batch_size * gradient_accumulation_steps pairs; the last one may be
-    smaller.
+def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig, ranks: Ranks) -> DataLoader:
+    """Optimizer batches of per_device_train_batch_size * gradient_accumulation_steps pairs a process, which all
+    processes read and take their share of; the last one may be smaller.
     """
-    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.count
     sampler = None
     if isinstance(table, Dataset):
         seed = config.seed if config.data_seed is None else config.data_seed
         sampler = EpochSampler(table, config.train_sampling_strategy, pairs, seed)
     keyed = isinstance(table, Dataset)  # a stream may never come back to a row
-    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config), keyed)
+    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config), ranks, keyed)
     return _loader(table, sampler, pairs, collate, config, config.dataloader_drop_last)
 
 
-def eval_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig) -> DataLoader:
-    """Batches of per_device_eval_batch_size pairs, in order."""
+def eval_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig, ranks: Ranks) -> DataLoader:
+    """Batches of per_device_eval_batch_size pairs a process, in order."""
     pairs = config.per_device_eval_batch_size
-    return _loader(table, None, pairs, Collate(layout, pairs, token_budget(config)), config, False)
+    collate = Collate(layout, pairs, token_budget(config), ranks)
+    return _loader(table, None, pairs * ranks.count, collate, config, False)
 
 
 def token_budget(config: DPOConfig) -> int | None:

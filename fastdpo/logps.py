@@ -71,7 +71,8 @@ def _token_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | N
     if labels is not None:
         (scored,) = (wanted != IGNORED).nonzero(as_tuple=True)
         rows, wanted = rows.index_select(0, scored), wanted.index_select(0, scored)
-    logps, _ = linear_logps(rows, head.weight, wanted, head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
+    scale = {"logit_scale": head.logit_scale, "softcap": head.softcap}
+    logps, _ = linear_logps(head.inputs(rows), head.weight, wanted, head.bias, **scale)
     if scored is not None:
         logps = logps.new_zeros(targets.numel()).index_copy(0, scored, logps)
     logps = logps.view(targets.shape).float()

@@ -13,5 +13,7 @@ def show_messages(config: Any = None) -> None:
         package.setLevel(logging.INFO)
     if getattr(config, "log_level", "passive") != "passive":
         package.setLevel(config.get_process_log_level())
+    elif config is not None and not config.should_log and package.level < logging.ERROR:
+        package.setLevel(logging.ERROR)  # of several processes the first one speaks
     if not package.handlers and not logging.getLogger().handlers:
         package.addHandler(logging.StreamHandler())

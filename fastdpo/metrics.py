@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastdpo.ranks import Ranks
 from fastdpo.step import PAIR_METRICS, SUMS, TOKEN_METRICS, PreferenceStep
 
 _COUNTS = {"entropy": "scored_tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens"}
@@ -34,12 +35,13 @@ class MetricSums:
             sums = torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums))
         self.sums = sums if self.sums is None else self.sums + sums
 
-    def read(self, *extra: Tensor) -> tuple[dict[str, float], list[float]]:
-        """The one host sync of a log line: -> metrics of what was added since the last read, and the `extra`
-        scalars.
+    def read(self, ranks: Ranks, *extra: Tensor) -> tuple[dict[str, float], list[float]]:
+        """The one host sync of a log line: -> metrics of what all ranks added since the last read, and the `extra`
+        scalars, which are the same on all.
         """
         assert self.sums is not None, "nothing was added"
-        values = torch.cat([self.sums, *(value.detach().double().reshape(1) for value in extra)]).tolist()
+        scalars = [value.detach().double().reshape(1) for value in extra]
+        values = torch.cat([ranks.sum(self.sums.clone()), *scalars]).tolist()
         sums: dict[str, float] = dict(zip(SUMS, values, strict=False))
         sums["scored_tokens"] = sums["chosen_tokens"] + sums["rejected_tokens"]
         self.sums = None

@@ -305,12 +305,23 @@ def _is_noise(attribute: str) -> bool:
 
 @dataclass(frozen=True)
 class Head:
-    """The LM head as numbers: logits = softcap * tanh(scale * (W h + b) / softcap)."""
+    """The LM head as numbers: logits = softcap * tanh(scale * (W x + b) / softcap), x = inputs(h).
 
-    weight: Tensor  # (V, D)
+    An adapter is not added to W: bf16 keeps no change of a weight that is 0.4% of it or less. It adds R columns instead,
+    x = [h, A h], and as many zeros where it is off, so that both ways are one product whose sums run in one order.
+    """
+
+    weight: Tensor  # (V, D), with adapters (V, D + R): [W, B]
     bias: Tensor | None  # (V,)
     logit_scale: float
     softcap: float | None
+    down: Tensor | None  # (R, D): A of the adapters, scaled; zeros where they are off
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> what `weight` takes."""
+        if self.down is None:
+            return hidden
+        return torch.cat([hidden, nn.functional.linear(hidden, self.down.to(hidden.dtype)).to(hidden.dtype)], -1)
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -319,7 +330,9 @@ def output_head(model: PreTrainedModel) -> Head:
     """
     layer: Any = model.get_output_embeddings()
     if isinstance(layer, ModulesToSaveWrapper):
-        layer = layer.original_module if layer.disable_adapters else layer.modules_to_save[layer.active_adapters[0]]
+        active = [] if layer.disable_adapters else layer.active_adapters
+        whole = bool(active) and all(name in layer.modules_to_save for name in active)
+        layer = layer.modules_to_save[active[0]] if whole else layer.original_module
     base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     weight: Tensor = base.weight
     if not weight.is_floating_point():
@@ -327,16 +340,37 @@ def output_head(model: PreTrainedModel) -> Head:
             f"the LM head is quantised to {weight.dtype}, and log-probs need it whole: list it in the "
             "llm_int8_skip_modules of the quantization_config that the model was loaded with"
         )
-    if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters:
-        for name in layer.active_adapters:
-            weight = weight + _low_rank_update(layer, name)
+    down = None
+    if isinstance(layer, BaseTunerLayer) and (factors := _factors(layer)):
+        downs, ups = zip(*factors, strict=True)
+        down, weight = torch.cat(downs), torch.cat([weight, *(up.to(weight.dtype) for up in ups)], 1)
     text = model.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return Head(weight, getattr(base, "bias", None), scale, getattr(text, "final_logit_softcapping", None))
+    return Head(weight, getattr(base, "bias", None), scale, getattr(text, "final_logit_softcapping", None), down)
 
 
-def _low_rank_update(tuner: BaseTunerLayer, adapter: str) -> Tensor:
-    """scaling * B A, (V, D): an adapter on the head is part of its weight."""
+def _factors(tuner: BaseTunerLayer) -> list[tuple[Tensor, Tensor]]:
+    """(scaling * A, B) of each active adapter on the head; none where they are merged into its weight."""
+    layer: Any = tuner
+    lora = type(tuner) is LoraLinear
+    names = [name for name in tuner.active_adapters if not lora or name in layer.lora_A]
+    if tuner.merged:
+        if tuner.disable_adapters or set(tuner.merged_adapters) != set(names):
+            now = "off" if tuner.disable_adapters else f"{names}"
+            raise ValueError(
+                f"adapters {tuner.merged_adapters} are merged into the LM head while those that are to count are {now}: "
+                "call model.unmerge_adapter() first"
+            )
+        return []
+    if tuner.disable_adapters:
+        return [(0 * layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names] if lora else []
+    for name in names:
+        _check_plain(tuner, name)
+    return [(layer.scaling[name] * layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names]
+
+
+def _check_plain(tuner: BaseTunerLayer, adapter: str) -> None:
+    """Raises ValueError where an adapter on the head is more than two factors."""
     layer: Any = tuner
     plain = type(tuner) is LoraLinear and not layer.use_dora.get(adapter) and not layer.lora_bias.get(adapter)
     if not plain or isinstance(layer.lora_dropout[adapter], nn.Dropout) and layer.lora_dropout[adapter].p > 0:
@@ -344,8 +378,6 @@ def _low_rank_update(tuner: BaseTunerLayer, adapter: str) -> Tensor:
             f"the adapter {adapter!r} on the LM head ({type(layer).__name__}) is not a plain LoRA without "
             "dropout, DoRA or bias: leave the head out of target_modules, or list it in modules_to_save"
         )
-    factors: Any = layer.lora_B[adapter], layer.lora_A[adapter]
-    return layer.scaling[adapter] * (factors[0].weight @ factors[1].weight)
 
 
 class Policy(nn.Module):
@@ -371,7 +403,7 @@ class Policy(nn.Module):
         with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             head = output_head(base_model(self.model))
             return linear_logps(
-                self.hidden_rows(batch),
+                head.inputs(self.hidden_rows(batch)),
                 head.weight,
                 batch.targets,
                 head.bias,

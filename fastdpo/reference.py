@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastdpo.batch import PreferenceBatch
 from fastdpo.model import Policy
+from fastdpo.ranks import Ranks
 from fastdpo_kernels.pair_loss import sequence_sums
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,10 @@ class Reference:
     def known_rows(self) -> int:
         return len(self.memory.slots)
 
+    def share(self, ranks: Ranks, device: torch.device) -> None:
+        """All ranks, at the same time: what one remembers, each does."""
+        self.memory.share(ranks, device)
+
     def free(self) -> None:
         """Lets go of a reference model: from here on there is what is remembered."""
         self.policy = None
@@ -114,6 +119,9 @@ class NoReference:
     def __call__(self, batch: PreferenceBatch) -> None:
         return None
 
+    def share(self, ranks: Ranks, device: torch.device) -> None:
+        """Nothing is remembered."""
+
     def release(self) -> None:
         """Nothing was added to the policy's model."""
 
@@ -131,6 +139,7 @@ class ReferenceMemory:
     def __init__(self) -> None:
         self.slots: dict[bytes, int] = {}
         self.values = torch.empty(0, 2)
+        self.shared = 0  # slots that all ranks have
 
     def knows(self, batch: PreferenceBatch) -> bool:
         return bool(batch.keys) and all(key in self.slots for key in batch.keys)
@@ -153,10 +162,27 @@ class ReferenceMemory:
         self.values.index_copy_(0, self._indices([self.slots.get(key, new.get(key, 0)) for key in keys]), logps)
         self.slots |= new  # last: out of memory on the way here, nothing is half known
 
+    def share(self, ranks: Ranks, device: torch.device) -> None:
+        """What one rank remembers all do from here on; `device` is where they keep it."""
+        if ranks.count > 1:
+            new = list(self.slots)[self.shared :]
+            values = self.recall(new).cpu() if new else torch.empty(0, 2, dtype=torch.float64)
+            keys, logps = gather_rows(ranks, new, values)
+            if keys:
+                self.store(keys, logps.to(device))
+        self.shared = len(self.slots)
+
     def _indices(self, slots: Sequence[int]) -> Tensor:
         on_gpu = self.values.is_cuda  # pinned, so that the copy waits for nothing
         indices = torch.tensor(slots, dtype=torch.int64, pin_memory=on_gpu)
         return indices.to(self.values.device, non_blocking=True)
+
+
+def gather_rows(ranks: Ranks, keys: Sequence[bytes], logps: Tensor) -> tuple[list[bytes], Tensor]:
+    """-> row keys and (K, 2) log-probs of all ranks, on the CPU as they come."""
+    mine = torch.frombuffer(bytearray(b"".join(keys)) or bytearray(16), dtype=torch.uint8).view(-1, 16)[: len(keys)]
+    names = torch.cat(ranks.gather(mine)).numpy().tobytes()
+    return [names[start : start + 16] for start in range(0, len(names), 16)], torch.cat(ranks.gather(logps))
 
 
 def find_reference(

@@ -35,7 +35,8 @@ from fastdpo.data import ID_COLUMNS, TokenPair, row_key
 from fastdpo.identity import WRITTEN, identity_key, model_identity
 from fastdpo.layout import Layout
 from fastdpo.loader import token_budget
-from fastdpo.reference import Reference
+from fastdpo.ranks import Ranks
+from fastdpo.reference import Reference, gather_rows
 from fastdpo.retry import collect_memory, out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,11 @@ def remember(
     layout: Layout,
     config: DPOConfig,
     name: str | None,
+    ranks: Ranks,
 ) -> bool:
     """Fills the reference's memory with all rows of the tables: read from disk as far as they are there, and computed
-    (`precompute_ref_log_probs`). -> whether training and evaluation can do without the reference from here on.
+    (`precompute_ref_log_probs`), each process a share of them; the first alone reads and writes the disk. -> whether
+    training and evaluation can do without the reference from here on.
 
     `name` is what the reference's model was loaded from, None where it came loaded. Raises ValueError for a file that
     is broken or belongs to another reference, for rows that it lacks where none are computed, and for rows that it has
@@ -87,17 +90,26 @@ def remember(
         logger.info("the %s dataset is a stream: its reference log-probs are computed as rows come", streams[0])
     rows = distinct_rows({table: rows for table, rows in tables.items() if isinstance(rows, Dataset)}, layout)
     if rows:
-        _fill(reference, rows, layout, config, reference_identity(reference, name, config))
+        _fill(reference, rows, layout, config, reference_identity(reference, name, config), ranks)
     return bool(rows) and not streams
 
 
 def _fill(
-    reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig, identity: dict[str, str]
+    reference: Reference,
+    rows: Sequence[Row],
+    layout: Layout,
+    config: DPOConfig,
+    identity: dict[str, str],
+    ranks: Ranks,
 ) -> None:
     path = Path(config.ref_log_probs).expanduser() if config.ref_log_probs else cache_path(identity)
     known: dict[bytes, tuple[float, float]] = {}
-    if path.exists() or not config.precompute_ref_log_probs:
+    if ranks.is_main and (path.exists() or not config.precompute_ref_log_probs):
         known = load(path, identity) if config.ref_log_probs else _load_own(path, identity)
+    if ranks.count > 1:
+        values = torch.tensor(list(known.values()), dtype=torch.float64).view(-1, 2)
+        keys, values = gather_rows(ranks, list(known), values)
+        known = dict(zip(keys, map(tuple, values.tolist()), strict=True))
     found = [row for row in rows if row.key in known]
     missing = [row for row in rows if row.key not in known]
     if missing and not config.precompute_ref_log_probs:
@@ -106,7 +118,7 @@ def _fill(
             f"{missing[0].index} of the {missing[0].name} dataset: set precompute_ref_log_probs=True, which computes "
             "them and adds them to the file, or make it with these datasets and options of data"
         )
-    if missing:
+    if missing and ranks.is_main:
         check_directory(path.parent)
     if found:
         values = torch.tensor([known[row.key] for row in found], dtype=torch.float64, device=config.device)
@@ -115,28 +127,29 @@ def _fill(
     started = time.time()
     done: list[Row] = []
     try:
-        for group in computed(reference, missing, layout, config):
+        for group in computed(reference, missing[ranks.rank :: ranks.count], layout, config):
             done += group
     except BaseException as error:  # an interrupted run goes on where it was
         try:
-            _keep(path, identity, reference, done)
+            _keep(path, identity, reference, done, write=True)
         except Exception as failure:  # whatever it is, what interrupted the run is what to tell
             error.add_note(f"fastdpo: the {len(done)} rows computed by then could not be written: {failure}")
         raise
-    _check_finite(_keep(path, identity, reference, done), len(rows), path)
+    reference.share(ranks, config.device)
+    _check_finite(_keep(path, identity, reference, missing, write=ranks.is_main), len(rows), path)
     logger.info(
         "reference log-probs: %d rows read from %s, %d computed in %.1f s and written there",
         *(len(found), path, len(missing), time.time() - started),
     )
 
 
-def _keep(path: Path, identity: Mapping[str, str], reference: Reference, rows: Sequence[Row]) -> list[Row]:
+def _keep(path: Path, identity: Mapping[str, str], reference: Reference, rows: Sequence[Row], write: bool) -> list[Row]:
     """Writes what was computed of the rows, as far as they are numbers; -> those that are not."""
     if not rows:
         return []
     logps = reference.memory.recall([row.key for row in rows]).cpu()
     finite = logps.isfinite().all(1)
-    if finite.any():
+    if write and finite.any():
         kept = [row.key for row, whole in zip(rows, finite.tolist(), strict=True) if whole]
         save(path, identity, logps[finite], kept)
     return [row for row, whole in zip(rows, finite.tolist(), strict=True) if not whole]
@@ -192,7 +205,7 @@ def _pairs(table: Dataset) -> Iterator[TokenPair]:
 def computed(reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig) -> Iterator[Sequence[Row]]:
     """Runs the reference over rows that come longest first, into its memory, with a progress bar; -> each batch after
     its pass. Batches are neighbours by length: `precompute_ref_batch_size` of them, else what the token budget takes,
-    which is halved where the GPU's memory runs out. Several processes would each take a share of `rows` and gather.
+    which is halved where the GPU's memory runs out.
     """
     size, budget, start = config.precompute_ref_batch_size, ahead_budget(config), 0
     hidden = config.disable_tqdm or not rows
@@ -350,7 +363,7 @@ def _kind(path: Path) -> str:
 def save(path: Path, identity: Mapping[str, str], logps: Tensor, keys: Sequence[bytes]) -> None:
     """Adds rows to the file: written beside it, then renamed, so that a reader never sees half of it.
 
-    Two runs that end in the same moment may leave the rows of one of them, and the other's are computed again.
+    Two processes that end in the same moment may leave the rows of one of them, and the other's are computed again.
     """
     if not logps.isfinite().all():
         raise ValueError(

@@ -1,6 +1,6 @@
-"""The answer to a GPU that runs out of memory: the batch is done again in micro-batches of half the size, and so are
-later ones, of training as of evaluation. The numbers are the same up to the rounding of sums, unless dropout is on:
-masks are drawn a micro-batch, and smaller ones draw others.
+"""The answer to a GPU that runs out of memory: the batch is done again in micro-batches of half the size, by all
+processes, and so are later ones, of training as of evaluation. The numbers are the same up to the rounding of sums,
+unless dropout is on: masks are drawn a micro-batch, and smaller ones draw others.
 """
 
 from __future__ import annotations
@@ -13,34 +13,38 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from fastdpo.batch import PreferenceBatch
+from fastdpo.batch import OptimizerBatch, PreferenceBatch
+from fastdpo.ranks import Ranks, RanOutElsewhere
+from fastdpo_kernels.nf4 import free_scratch
 
 logger = logging.getLogger(__name__)
 
+COUNTS = ("num_pairs", "num_chosen_tokens", "num_tokens")
 Batches = Sequence[PreferenceBatch]  # the micro-batches of an optimizer batch, on the CPU
 
 
 class Retry:
     """Runs the batches of loaders; once memory ran out, their micro-batches keep within a token budget."""
 
-    def __init__(self, dropout: bool = False) -> None:
-        self.dropout = dropout
+    def __init__(self, ranks: Ranks, dropout: bool = False) -> None:
+        self.ranks, self.dropout = ranks, dropout
         self.budget: int | None = None
         self._told: int | None = None  # the budget that the user knows of
 
     def __call__(
         self,
-        step: Callable[[Batches], None],
+        step: Callable[[OptimizerBatch], None],
         batches: Batches,
         loader: DataLoader,
         undo: Callable[[], None] = lambda: None,
     ) -> None:
-        """`step(batches)` until it is through, each failed attempt undone; one pair that does not fit alone raises.
+        """`step` with the optimizer batch until it is through, each failed attempt undone; one pair that does not fit
+        alone raises. `step` has all ranks agree before it counts what it did.
 
         `loader` gave the batches: smaller ones are collated and pinned as it does.
         """
         batches = self._within_budget(batches, loader)
-        while not self._fits(step, batches):
+        while not self._fits(step, batches, self._optimizer_batch(batches, loader)):
             undo()
             collect_memory()
             batches = self._within_budget(batches, loader)
@@ -55,15 +59,29 @@ class Retry:
             )
         self._told = self.budget
 
-    def _fits(self, step: Callable[[Batches], None], batches: Batches) -> bool:
+    def _optimizer_batch(self, batches: Batches, loader: DataLoader) -> OptimizerBatch:
+        """This process's micro-batches, as many as the process with most has, and what all have together."""
+        counts = [sum(getattr(batch, name) for batch in batches) for name in COUNTS]
+        everyone = self.ranks.exchange([len(batches), *counts])
+        collate: Any = loader.collate_fn
+        empty = [collate.empty() for _ in range(int(everyone[:, 0].max()) - len(batches))]
+        return OptimizerBatch([*batches, *empty], *everyone[:, 1:].sum(0).tolist())
+
+    def _fits(self, step: Callable[[OptimizerBatch], None], batches: Batches, whole: OptimizerBatch) -> bool:
         """False, with half the budget, where memory ran out; by then the error has let go of what was computed."""
         try:
-            step(batches)
+            step(whole)
             return True
+        except RanOutElsewhere as there:
+            if not there.budget:
+                raise
+            budget = there.budget
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            if all(batch.num_pairs == 1 for batch in batches):
+            largest = max([batch.input_ids.numel() for batch in batches if batch.num_pairs > 1], default=0)
+            budget = self.ranks.agree(largest // 2)
+            if not largest:
                 longest = max(batch.input_ids.numel() for batch in batches)
                 change = "set gradient_checkpointing=True or lower" if torch.is_grad_enabled() else "lower"
                 error.add_note(
@@ -71,16 +89,17 @@ class Retry:
                     "what takes the memory"
                 )
                 raise
-        largest = max(batch.input_ids.numel() for batch in batches if batch.num_pairs > 1)
+            if not budget:
+                raise RanOutElsewhere(0) from None
         if self.budget is None:
             logger.warning(
                 "out of GPU memory at %d tokens a micro-batch: this batch is done again, and the others are done, with "
                 "at most %d; max_tokens_per_microbatch=%d starts so%s",
-                *(largest, largest // 2, largest // 2),
+                *(2 * budget, budget, budget),
                 "; dropout is on, and smaller micro-batches draw other masks" if self.dropout else "",
             )
-            self._told = largest // 2
-        self.budget = largest // 2
+            self._told = budget
+        self.budget = budget
         return False
 
     def _within_budget(self, batches: Batches, loader: DataLoader) -> Batches:
@@ -95,6 +114,7 @@ class Retry:
 def collect_memory() -> None:
     """Gives back what a failed attempt leaves, once its error is let go of."""
     gc.collect()
+    free_scratch()
     torch.cuda.empty_cache()
 
 

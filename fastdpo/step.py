@@ -8,13 +8,14 @@ Legend: P pairs of a micro-batch, N scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastdpo.batch import PreferenceBatch
+from fastdpo.batch import OptimizerBatch, PreferenceBatch
+from fastdpo.ranks import Ranks
 from fastdpo_kernels.pair_loss import PairLoss, PairwiseLoss, match_pairs, pair_loss, sequence_sums
 
 TOKEN_STATS = ("entropy", "mean_logit", "is_top1")
@@ -34,7 +35,7 @@ SUMS: tuple[str, ...] = ("pairs", *PAIR_METRICS, "chosen_tokens", "rejected_toke
 
 @dataclass(frozen=True)
 class Ahead:
-    """What the look-ahead over an optimizer batch leaves for one of its micro-batches."""
+    """What the look-ahead over an optimizer batch leaves for one of the micro-batches."""
 
     ref_logps: Tensor | None  # (P, 2)
     matches: Tensor | None  # (P, 3), see `match_pairs`
@@ -55,24 +56,25 @@ class MeanReward:
 
 @dataclass(frozen=True)
 class PreferenceStep:
-    """The method with everything that varies chosen: call it with the micro-batches of an optimizer batch."""
+    """The method with everything that varies chosen: call it with an optimizer batch."""
 
     policy: nn.Module  # (batch, stats) -> token log-probs and statistics; perhaps wrapped by the engine
     reference: Callable[[PreferenceBatch], Tensor | None]
     loss: PairwiseLoss
     mean_reward: MeanReward | None = None
     training: bool = True  # the mean reward moves
+    ranks: Ranks = Ranks()
 
-    def __call__(self, batches: Sequence[PreferenceBatch]) -> Iterator[tuple[PairLoss, Tensor]]:
+    def __call__(self, whole: OptimizerBatch) -> Iterator[tuple[PairLoss, Tensor]]:
         """-> for each micro-batch in turn its losses and (len(SUMS),) fp64 metric sums without gradient.
 
         A loss that couples pairs couples those of the whole optimizer batch. Where that is several micro-batches, a
         pass without gradients goes ahead for their log-probs.
         """
-        tokens = sum(batch.num_chosen_tokens for batch in batches)
-        tokens_per_pair = max(tokens, 1) / sum(batch.num_pairs for batch in batches)
-        ahead = self._look_ahead(batches) if len(batches) > 1 and self._couples_pairs else None
-        for index, batch in enumerate(batches):
+        tokens_per_pair = max(whole.num_chosen_tokens, 1) / whole.num_pairs
+        several = len(whole.microbatches) > 1 or self.ranks.count > 1
+        ahead = self._look_ahead(whole) if several and self._couples_pairs else None
+        for index, batch in enumerate(whole.microbatches):
             ref_logps = self.reference(batch) if ahead is None else ahead[index].ref_logps
             token_logps, stats = self.policy(batch, self._stats)
             if ahead is None and self._moves_mean:
@@ -106,16 +108,20 @@ class PreferenceStep:
         return (*TOKEN_STATS, "log_sum_sq_probs") if self.loss.weighting else TOKEN_STATS
 
     @torch.no_grad()
-    def _look_ahead(self, batches: Sequence[PreferenceBatch]) -> list[Ahead]:
-        refs = [self.reference(batch) for batch in batches]
-        sums = [self._pair_sums(self.policy(batch)[0], batch) for batch in batches]
-        logps, ref_logps = torch.cat(sums), None if refs[0] is None else torch.cat(refs)  # type: ignore[arg-type]
+    def _look_ahead(self, whole: OptimizerBatch) -> list[Ahead]:
+        refs = [self.reference(batch) for batch in whole.microbatches]
+        mine = torch.cat([self._pair_sums(self.policy(batch)[0], batch) for batch in whole.microbatches])
+        self.ranks.agree()
+        everyone = self.ranks.gather(mine)
+        logps, ref_logps = torch.cat(everyone), None
+        if refs[0] is not None:
+            ref_logps = torch.cat(self.ranks.gather(torch.cat(refs)))  # type: ignore[arg-type]
         if self._moves_mean:
             self._note_rewards(logps, ref_logps)
-        matches: Sequence[Tensor | None] = [None] * len(batches)
-        if self._matches_pairs:
-            matches = match_pairs(logps, ref_logps).split([batch.num_pairs for batch in batches])
-        return [Ahead(*both) for both in zip(refs, matches, strict=True)]
+        if not self._matches_pairs:
+            return [Ahead(ref, None) for ref in refs]
+        share = match_pairs(logps, ref_logps).split([len(part) for part in everyone])[self.ranks.rank]
+        return [Ahead(*both) for both in zip(refs, share.split([b.num_pairs for b in whole.microbatches]), strict=True)]
 
     def _pair_sums(self, token_logps: Tensor, batch: PreferenceBatch) -> Tensor:
         return sequence_sums(token_logps.detach(), batch.cu_seqlens, self.loss.ld_alpha).view(-1, 2)

@@ -2,10 +2,10 @@
 
     rows -> TokenPair -> PreferenceBatch -> token log-probs -> pair losses -> backward, optimizer step, log line
 
-The optimizer sees exactly `per_device_train_batch_size * gradient_accumulation_steps` pairs a step. They are computed
-in micro-batches, each loss normalised by the step's own number of pairs, so gradients do not depend on the split.
-Accelerate carries device placement; transformers' callback handler, state and control decide when to log, evaluate,
-save and stop.
+The optimizer sees exactly `per_device_train_batch_size * gradient_accumulation_steps` pairs a step and process. They
+are computed in micro-batches, each loss normalised by the number of pairs of the whole step, so gradients do not depend
+on the split. Accelerate connects processes and devices; transformers' callback handler, state and control decide when
+to log, evaluate, save and stop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
 
 from fastdpo import build, checkpoint
-from fastdpo.batch import PreferenceBatch
+from fastdpo.batch import OptimizerBatch, PreferenceBatch
 from fastdpo.compiled import compiled_blocks
 from fastdpo.config import DPOConfig
 from fastdpo.loader import eval_loader, length_of_run, set_epoch, train_loader
@@ -38,6 +38,7 @@ from fastdpo.messages import show_messages
 from fastdpo.metrics import MetricSums, Running
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, allocate_states, build_optimizer
+from fastdpo.ranks import GradientSum, find_ranks
 from fastdpo.reference import NoReference
 from fastdpo.retry import Retry, out_of_memory
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
@@ -82,6 +83,7 @@ class DPOTrainer:
         build.choose_adapters(model, peft_config, args)
         reporters = build.find_reporters(args)
         args.check_output_dir()
+        self.ranks = find_ranks(args)
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
 
         self.processing_class = build.find_tokenizer(processing_class or tokenizer, model, args)  # type: ignore[arg-type]
@@ -90,10 +92,10 @@ class DPOTrainer:
             split = args.dataset_train_split
             tables["train"] = build.build_table(train_dataset, self.processing_class, args, "train", split)
 
-        self.policy = build.build_policy(model, peft_config, args)  # type: ignore[arg-type]
+        self.policy = build.build_policy(model, peft_config, args, self.ranks)  # type: ignore[arg-type]
         if args.learning_rate is None:
             args.learning_rate = 2e-5 if hasattr(self.policy.model, "peft_config") else 1e-6
-        ref_policy = build.build_ref_policy(ref_model, self.policy, args)
+        ref_policy = build.build_ref_policy(ref_model, self.policy, args, self.ranks)
         with build.fused_blocks([self.policy, ref_policy], args) as fused:
             tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
             self.train_dataset = tables.pop("train", None)
@@ -104,11 +106,11 @@ class DPOTrainer:
             self.mean_reward = build.build_mean_reward(self.loss, args)
 
             self._margins_checked = self._evaluate_at_end = False
-            self._retry = Retry(dropout=self.policy.noisy)
+            self._retry = Retry(self.ranks, dropout=self.policy.noisy)
             self._start_engine()
             self.optimizer: Any = None
             self.lr_scheduler: Any = None
-            self.state, self.control = TrainerState(), TrainerControl()
+            self.state, self.control = self._new_state(), TrainerControl()
             given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
             self.callback_handler = build.build_callbacks(
                 [*reporters, *given], self.policy, self.processing_class, args
@@ -116,11 +118,14 @@ class DPOTrainer:
             del ref_policy  # the reference alone holds it from here on, and may let go of it
             tables = {"train": self.train_dataset, **self.eval_dataset}
             given_budget = args.max_tokens_per_microbatch
-            build.plan_batches(self.policy, self.reference, tables, self.layout, args)
-            if build.remember_reference(self.reference, tables, self.policy, self.layout, args, model, ref_model):
+            build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
+            freed = build.remember_reference(
+                self.reference, tables, self.policy, self.layout, args, model, ref_model, self.ranks
+            )
+            if freed:
                 args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
-                build.plan_batches(self.policy, self.reference, tables, self.layout, args)
-            build.describe(self.policy, self.layout, self.reference, fused, args)
+                build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
+            build.describe(self.policy, self.layout, self.reference, fused, args, self.ranks)
         self.control = self.callback_handler.on_init_end(args, self.state, self.control)
 
     @property
@@ -148,21 +153,22 @@ class DPOTrainer:
         self._check_best_metric()
         started = time.time()
         self._start_engine()
-        loader = train_loader(self.train_dataset, self.layout, args)
+        loader = train_loader(self.train_dataset, self.layout, args, self.ranks)
         steps, epochs = length_of_run(loader, args)
         self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps)
         allocate_states(self.optimizer)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
-        self.state = TrainerState(
+        self.state = self._new_state(
             max_steps=steps, num_train_epochs=math.ceil(epochs), train_batch_size=args.train_batch_size
         )
-        self.state.is_world_process_zero = self.accelerator.is_main_process
-        self.state.is_local_process_zero = self.accelerator.is_local_main_process
         self.state.compute_steps(args, steps)
         self.control = TrainerControl()
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.mean_reward = build.build_mean_reward(self.loss, args)
         self._running = Running(self._preference_step(training=True), trained)
+        self._sum_gradients = GradientSum(self.ranks, trained)
+        if self.ranks.count > 1 and self.policy.noisy:
+            torch.manual_seed(args.seed + self.ranks.rank)  # each draws dropout masks of its own
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
@@ -176,6 +182,7 @@ class DPOTrainer:
                 self.evaluate()
             if args.load_best_model_at_end and self.state.best_model_checkpoint:
                 logger.info("loading the best model, from %s", self.state.best_model_checkpoint)
+                self.ranks.wait()  # until it is written
                 checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
         return self._finish(time.time() - started)
 
@@ -202,6 +209,7 @@ class DPOTrainer:
                 )
             self.control = handler.on_epoch_end(args, self.state, self.control)
             self._log_evaluate_save()
+            self.reference.share(self.ranks, args.device)  # the next epoch deals rows otherwise
             epoch += 1
 
     def _optimizer_step(self, batches: list[PreferenceBatch]) -> None:
@@ -226,30 +234,31 @@ class DPOTrainer:
         if args.torch_empty_cache_steps and (self.state.global_step + 1) % args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
 
-    def _backward(self, batches: Sequence[PreferenceBatch]) -> None:
+    def _backward(self, whole: OptimizerBatch) -> None:
         """The gradients of an optimizer batch, clipped; what is counted of it counts once all of it is through."""
         args, running = self.args, self._running
-        total = sum(batch.num_pairs for batch in batches)
-        batches = [batch.to(args.device, non_blocking=True) for batch in batches]
+        whole = whole.to(args.device, non_blocking=True)
         vectors = []
-        for index, (batch, (result, sums)) in enumerate(zip(batches, running.step(batches), strict=True)):
-            if not self._margins_checked:
-                self._check_first_margins(result, batch)
+        for index, (result, sums) in enumerate(running.step(whole)):
+            if not self._margins_checked and whole.microbatches[index].num_pairs:
+                self._check_first_margins(result, whole.microbatches[index])
                 self._margins_checked = True
             vectors.append(sums)
-            self.accelerator.backward(self.scaler.scale(result.losses.sum() / total))
-            if self._substeps <= index < len(batches) - 1:  # done again in smaller parts, none is told of twice
-                self._substeps += 1
+            self.accelerator.backward(self.scaler.scale(result.losses.sum() / whole.num_pairs))
+            if self._substeps <= index < len(whole.microbatches) - 1:
+                self._substeps += 1  # done again in smaller parts, none is told of twice
                 self.control = self.callback_handler.on_substep_end(args, self.state, self.control)
+        self._sum_gradients()
         self.scaler.unscale_(self.optimizer)
         if args.max_grad_norm:
             running.grad_norm = self.accelerator.clip_grad_norm_(running.trained, args.max_grad_norm)
         window = copy.copy(running.sums)
         for sums in vectors:
             window.add(sums, skip_non_finite=args.logging_nan_inf_filter)
+        self.ranks.agree()
         running.sums = window
-        running.tokens += sum(batch.num_tokens for batch in batches)
-        running.pairs += total
+        running.tokens += whole.num_tokens
+        running.pairs += whole.num_pairs
 
     def _undo_step(self) -> Callable[[], None]:
         """-> what puts back all that `_backward` changes."""
@@ -307,16 +316,17 @@ class DPOTrainer:
         if self.control.should_evaluate:
             self.evaluate()
         if self.control.should_save:
-            limit = self.args.save_total_limit
-            checkpoint.save_checkpoint(
-                self.model, self.processing_class, self.state, Path(str(self.args.output_dir)), limit
-            )
+            output_dir, limit = Path(str(self.args.output_dir)), self.args.save_total_limit
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(checkpoint.path_of(output_dir, self.state))
+            if self.args.should_save:
+                checkpoint.save_checkpoint(self.model, self.processing_class, self.state, output_dir, limit)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _read_metrics(self) -> dict[str, float]:
         running = self._running
         norm = [] if running.grad_norm is None else [running.grad_norm]
-        metrics, extra = running.sums.read(*norm)
+        metrics, extra = running.sums.read(self.ranks, *norm)
         running.logged(metrics.pop("loss"), self.state.global_step)
         if not all(map(math.isfinite, [running.window_loss, *extra])):
             logger.warning("step %d: loss or gradient norm is not finite: the run diverged", self.state.global_step)
@@ -364,31 +374,32 @@ class DPOTrainer:
     def _evaluate_table(self, name: str, table: build.Table) -> dict[str, float]:
         started = time.time()
         step, sums, pairs, count = self._preference_step(training=False), MetricSums(), 0, 0
-        loader = eval_loader(table, self.layout, self.args)
+        loader = eval_loader(table, self.layout, self.args, self.ranks)
         training = self.policy.training
         self.policy.eval()
         handler: Any = self.callback_handler
         handler.eval_dataloader = loader
 
-        def add(batches: Sequence[PreferenceBatch]) -> None:
-            nonlocal sums
+        def add(whole: OptimizerBatch) -> None:
+            nonlocal sums, pairs
             window = copy.copy(sums)
-            for _, summed in step([batch.to(self.args.device, non_blocking=True) for batch in batches]):
+            for _, summed in step(whole.to(self.args.device, non_blocking=True)):
                 window.add(summed)
+            self.ranks.agree()
             sums = window  # counted once all of the batch is through
+            pairs += whole.num_pairs
 
         try:
             with torch.no_grad():
                 for batches in loader:
                     count += 1
                     self._retry(add, batches, loader)
-                    pairs += sum(batch.num_pairs for batch in batches)
                     self.control = handler.on_prediction_step(self.args, self.state, self.control)
         finally:
             self.policy.train(training)
         if sums.sums is None:
             raise ValueError(f"the evaluation set {name} gave no row")
-        metrics, _ = sums.read()
+        metrics, _ = sums.read(self.ranks)
         seconds = time.time() - started
         metrics |= {"runtime": round(seconds, 4), "samples_per_second": round(pairs / seconds, 3)}
         metrics["steps_per_second"] = round(count / seconds, 3)
@@ -426,7 +437,8 @@ class DPOTrainer:
         """Writes what AutoModelForCausalLM.from_pretrained (adapters: PeftModel.from_pretrained) loads, tokenizer
         included.
         """
-        checkpoint.save_model(self.model, self.processing_class, Path(str(output_dir or self.args.output_dir)))
+        if self.args.should_save:
+            checkpoint.save_model(self.model, self.processing_class, Path(str(output_dir or self.args.output_dir)))
 
     def add_callback(self, callback: Any) -> None:
         self.callback_handler.add_callback(callback)
@@ -467,7 +479,11 @@ class DPOTrainer:
                 gc.enable()
 
     def _preference_step(self, training: bool) -> PreferenceStep:
-        return PreferenceStep(self.policy, self.reference, self.loss, self.mean_reward, training)
+        return PreferenceStep(self.policy, self.reference, self.loss, self.mean_reward, training, self.ranks)
+
+    def _new_state(self, **fields: Any) -> TrainerState:
+        main, local_main = self.accelerator.is_main_process, self.accelerator.is_local_main_process
+        return TrainerState(is_world_process_zero=main, is_local_process_zero=local_main, **fields)
 
     def _start_engine(self) -> None:
         """Accelerate's state is one a process, and another trainer may have reset it: each run takes hold of it anew.
@@ -475,8 +491,6 @@ class DPOTrainer:
         Autocast and loss scaling are ours, not Accelerate's: its precision is fixed once a process.
         """
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
-        if self.accelerator.num_processes > 1:
-            raise ValueError(f"{self.accelerator.num_processes} processes were launched: this version trains in one")
 
 
 def _best_key(args: DPOConfig) -> str:
@@ -535,5 +549,6 @@ def train(
     metrics |= {key: value for row in evaluated[-1:] for key, value in row.items() if key.startswith("eval_")}
     trainer.reference.release()
     trainer.save_model()
+    trainer.ranks.wait()  # until the first process has written
     logger.info("saved to %s", trainer.args.output_dir)
     return TrainResult(trainer.model.eval(), metrics, history, trainer)

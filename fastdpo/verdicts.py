@@ -50,6 +50,7 @@ _WORKS = {
     "optimizer and schedule": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim "
     "optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm",
     "precision and device": "bf16 fp16 tf32 use_cpu torch_compile torch_compile_backend torch_compile_mode",
+    "several processes": "ddp_backend ddp_timeout",
     "reproducibility": "seed data_seed full_determinism",
     "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end "
     "metric_for_best_model greater_is_better",
@@ -62,7 +63,7 @@ _WORKS = {
 }
 
 # What these ask for is always so, whatever their value: understood by name, kept nowhere.
-_ALWAYS = ("padding_free",)
+_ALWAYS = ("padding_free", "ddp_find_unused_parameters")
 
 # Old name -> (its value that changes nothing, the present name, old value -> present value or None: the value stays).
 _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
@@ -81,8 +82,7 @@ _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
 
 # (what is missing, what to do until then) -> options. Every value but the default raises.
 _NOT_YET = {
-    ("training in several processes", "start one process"): "ddp_backend ddp_timeout ddp_find_unused_parameters "
-    "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph fsdp fsdp_config fsdp_min_num_params "
+    ("sharding a model over processes", "let each hold the whole model"): "fsdp fsdp_config fsdp_min_num_params "
     "fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config accelerator_config",
     ("resuming", "start again from the saved model"): "resume_from_checkpoint ignore_data_skip "
     "restore_callback_states_from_checkpoint enable_jit_checkpoint",
@@ -109,6 +109,9 @@ _NOT_YET = {
 
 # Option -> (why not, what instead). Every value but the default raises.
 _REFUSED = {
+    "ddp_bucket_cap_mb": ("gradients are summed once they are all there", "leave it out"),
+    "ddp_static_graph": ("gradients are summed once they are all there", "leave it out"),
+    "ddp_broadcast_buffers": ("all processes start from the first one's buffers", "leave it out"),
     "prediction_loss_only": ("an evaluation never keeps predictions", "leave it out"),
     "label_smoothing_factor": ("it smooths class labels, and a preference has none", "use label_smoothing"),
     "use_liger_kernel": ("fastdpo has kernels of its own", "leave it out"),

@@ -95,6 +95,10 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
+    return praise_and_scolding()
+
+
+def praise_and_scolding() -> list[dict[str, str]]:
     """24 rows of ragged lengths; the chosen answer praises, the rejected one scolds."""
     good = ["a good question, thank you", "I would like to help you with that", "you are welcome"]
     bad = ["the dog does not mind", "it is a question for somebody else", "lazy"]

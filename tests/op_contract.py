@@ -108,6 +108,24 @@ def assert_compiles_alike(compute: Compute, given: Given, wanted: tuple[str, ...
     assert_same(run(torch.compile(around, backend="aot_eager"), given, wanted), run(around, given, wanted))
 
 
+def assert_saved_tensors_may_come_back_with_other_strides(
+    compute: Compute, given: Given, wanted: tuple[str, ...]
+) -> None:
+    """As from the host, where torch's save_on_cpu(pin_memory=True) and TRL's OffloadActivations pack them densely."""
+    expected = run(compute, given, wanted)
+    for moved in (lambda tensor: tensor.clone(memory_format=torch.contiguous_format), lambda tensor: _backwards(tensor)):
+        with torch.autograd.graph.saved_tensors_hooks(moved, lambda tensor: tensor):
+            found = run(compute, given, wanted)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def _backwards(tensor: Tensor) -> Tensor:
+    """A copy whose first dimension lies innermost, the last one outermost."""
+    reverse = [*range(tensor.ndim)][::-1]
+    return tensor.permute(reverse).clone(memory_format=torch.contiguous_format).permute(reverse)
+
+
 def saved_beside(compute: Compute, given: Given, wanted: tuple[str, ...]) -> int:
     """Bytes that a forward keeps for its backward, its inputs not counted. Of a view the whole storage counts."""
     leaves = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in given.items()}

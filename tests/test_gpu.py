@@ -29,6 +29,7 @@ from fastdpo.data import TokenPair
 from fastdpo.identity import tensors_digest
 from fastdpo.layout import find_layout, probe_pairs
 from fastdpo.model import Policy
+from fastdpo.ranks import Ranks
 from fastdpo_kernels import launch
 from fastdpo_kernels.head import STATS
 from fastdpo_kernels.linear_logps import linear_logps, linear_logps_reference
@@ -638,7 +639,7 @@ def planned_and_measured(tokens: int, shape: dict[str, int], adapters: bool, che
     config = fastdpo.DPOConfig(bf16=True, use_peft=adapters, gradient_checkpointing=checkpoint, report_to="none")
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
-    policy = build_policy(model, None, config)
+    policy = build_policy(model, None, config, Ranks())
     part = tokens // 16
     lengths = PairLengths(2 * part, part, part)
     plan = plan_run(policy, None, config, lengths, packed=True)

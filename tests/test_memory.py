@@ -28,6 +28,7 @@ from fastdpo.memory import GiB, MiB, PairLengths, Plan, meta_policy, optimizer_b
 from fastdpo.model import Policy, checkpointing, load_model_config, without_dropout
 from fastdpo.optimizer import build_optimizer
 from fastdpo.patching import patched
+from fastdpo.ranks import Ranks
 from fastdpo.reference import NoReference
 from fastdpo_kernels import launch
 from fastdpo_kernels.linear_logps import linear_logps
@@ -56,7 +57,7 @@ def policy_of(name: str, config: DPOConfig, attention: str = "sdpa", **changes: 
     """A tiny model as a run would have it, its trained parameters with gradients."""
     model = tiny_model(name, torch.bfloat16 if config.bf16 and config.use_peft else torch.float32, **changes)
     model.config._attn_implementation = attention
-    policy = build_policy(model, None, config)
+    policy = build_policy(model, None, config, Ranks())
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -101,7 +102,7 @@ def measured_once() -> Iterator[None]:
 def test_weights_and_what_trains_are_those_of_the_model_that_a_run_builds(name, given, tmp_path) -> None:
     config = options(tmp_path, **given)
     tiny_model(name).save_pretrained(tmp_path / "model")
-    real = build_policy(str(tmp_path / "model"), None, config)
+    real = build_policy(str(tmp_path / "model"), None, config, Ranks())
     counted = meta_policy(load_model_config(str(tmp_path / "model"), config), config)
     for trained in (True, False):
         assert tensor_bytes(counted, trained) == tensor_bytes(real, trained)
@@ -291,7 +292,7 @@ def test_quantised_weights_have_the_bytes_of_those_that_a_run_loads(given: dict[
     pytest.importorskip("bitsandbytes")
     config = options(tmp_path, bf16=True, use_peft=True, **given)
     tiny_model("llama", intermediate_size=72).save_pretrained(tmp_path / "model")
-    real = build_policy(str(tmp_path / "model"), None, config)
+    real = build_policy(str(tmp_path / "model"), None, config, Ranks())
     counted = meta_policy(load_model_config(str(tmp_path / "model"), config), config)
     assert tensor_bytes(counted, True) == tensor_bytes(real, True)
     assert tensor_bytes(counted, False) == tensor_bytes(real, False)
@@ -506,7 +507,7 @@ def test_a_run_on_a_gpu_plans_its_micro_batches_where_it_is_not_told(
         pretend_gpu(monkeypatch, free)
         run = copy.copy(config)
         with caplog.at_level(logging.INFO, "fastdpo"):
-            plan_batches(policy, NoReference(), {"train": table, "eval": None}, Layout(True, ""), run)
+            plan_batches(policy, NoReference(), {"train": table, "eval": None}, Layout(True, ""), run, Ranks())
         budgets.append(run.max_tokens_per_microbatch)
     assert "the longest has 100" in caplog.text
     assert budgets == [777, 777] if given else 100 < budgets[1] < 0.8 * budgets[0]
@@ -523,7 +524,7 @@ def test_a_run_with_auto_sets_its_checkpointing(
         pretend_gpu(monkeypatch, free)
         run = copy.copy(config)
         with caplog.at_level(logging.INFO, "fastdpo"):
-            plan_batches(policy, NoReference(), {"train": table, "eval": None}, Layout(True, ""), run)
+            plan_batches(policy, NoReference(), {"train": table, "eval": None}, Layout(True, ""), run, Ranks())
         chosen.append((run.gradient_checkpointing, run.checkpoint_options))
     assert chosen[0] == (False, {"offload": False})
     assert chosen[1][0] and chosen[1] != chosen[2]
@@ -540,7 +541,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 def test_a_run_on_a_cpu_plans_nothing(tmp_path: Any) -> None:
     config = options(tmp_path)
-    plan_batches(policy_of("llama", config), NoReference(), {}, Layout(True, ""), config)
+    plan_batches(policy_of("llama", config), NoReference(), {}, Layout(True, ""), config, Ranks())
     assert config.max_tokens_per_microbatch is None
 
 
@@ -589,6 +590,6 @@ def test_auto_excludes_checkpointing_by_hand(given: dict[str, Any], tmp_path: An
 def test_auto_needs_a_gpu_to_train_on(tmp_path: Any) -> None:
     config = auto(tmp_path)
     with pytest.raises(ValueError, match="memory='auto' plans for an NVIDIA GPU"):
-        plan_batches(policy_of("llama", config), NoReference(), {}, Layout(True, ""), config)
+        plan_batches(policy_of("llama", config), NoReference(), {}, Layout(True, ""), config, Ranks())
     with pytest.raises(ValueError, match="memory='most' is not known"):
         options(tmp_path, memory="most")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import fastdpo
-from fastdpo.batch import PreferenceBatch
+from fastdpo.batch import OptimizerBatch
 from fastdpo.loader import train_loader
 from fastdpo.optimizer import allocate_states
 from fastdpo.reference import ReferenceMemory
@@ -48,7 +48,7 @@ def train(trainer: fastdpo.DPOTrainer, around: Callable[[int], Operations]) -> l
     """Trains with the gradients of each step computed inside of `around(step)`; -> operations of each attempt."""
     backward, counts = trainer._backward, []
 
-    def watched(batches: list[PreferenceBatch]) -> None:
+    def watched(batches: OptimizerBatch) -> None:
         with around(len(counts)) as operations:
             counts.append(0)
             try:
@@ -97,7 +97,7 @@ def test_memory_that_runs_out_in_the_first_step_and_again_is_halved_again(
     train(usual, lambda step: Operations())
     halved, sizes = trainer_of(rows, tokenizer, quick), []
     step = halved._backward
-    halved._backward = lambda batches: sizes.append(batches) or step(batches)  # type: ignore[method-assign]
+    halved._backward = lambda batches: sizes.append(batches.microbatches) or step(batches)  # type: ignore[method-assign]
     with caplog.at_level(logging.WARNING, "fastdpo"):
         train(halved, lambda attempt: Operations(failing=50 if attempt < 2 else None))
     first, second, third = (max(batch.input_ids.numel() for batch in batches) for batches in sizes[:3])
@@ -161,7 +161,7 @@ def test_gradients_that_were_unscaled_already_are_scaled_and_unscaled_anew(
 def test_another_error_is_not_taken_for_a_full_gpu(rows: list, tokenizer: Any, quick: dict) -> None:
     trainer = trainer_of(rows, tokenizer, quick)
 
-    def failing(batches: list[PreferenceBatch]) -> None:
+    def failing(batches: OptimizerBatch) -> None:
         raise RuntimeError("the size of tensor a must match")
 
     trainer._backward = failing  # type: ignore[method-assign]
@@ -174,8 +174,8 @@ def test_a_long_pair_that_never_fits_beside_short_ones_ends_the_run(rows: list, 
     trainer = trainer_of(long + rows[:5], tokenizer, quick | {"train_sampling_strategy": "sequential"})
     sizes, backward = [], trainer._backward
 
-    def failing(batches: list[PreferenceBatch]) -> None:
-        sizes.append(max(batch.input_ids.numel() for batch in batches))
+    def failing(batches: OptimizerBatch) -> None:
+        sizes.append(max(batch.input_ids.numel() for batch in batches.microbatches))
         if sizes[-1] > 200:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         backward(batches)
@@ -213,11 +213,10 @@ def test_nothing_of_a_failed_attempt_is_alive_in_the_next(rows: list, tokenizer:
     trainer, alive = trainer_of(rows, tokenizer, quick), []
     backward = trainer._backward
 
-    def failing(batches: list[PreferenceBatch]) -> None:
+    def failing(batches: OptimizerBatch) -> None:
         graphs = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.grad_fn is not None]
         alive.append(len(graphs))
         if len(alive) == 1:
-            batches = [batch.to("cpu") for batch in batches]
             activations = [result.losses for result, _ in trainer._running.step(batches)]
             assert activations[0].grad_fn is not None
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -231,7 +230,7 @@ def test_nothing_of_a_failed_attempt_is_alive_in_the_next(rows: list, tokenizer:
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_regrouping_keeps_every_pair_and_its_key(layout: str, rows: list, tokenizer: Any, quick: dict) -> None:
     trainer = trainer_of(rows, tokenizer, quick)
-    loader = train_loader(trainer.train_dataset, trainer.layout, trainer.args)
+    loader = train_loader(trainer.train_dataset, trainer.layout, trainer.args, trainer.ranks)
     batches = next(iter(loader))
     again = loader.collate_fn.regroup(batches, 150)
     assert len(again) > len(batches)
@@ -279,12 +278,12 @@ class Evaluations:
         trainer._retry = self  # type: ignore[assignment]
 
     def __call__(self, step: Callable[[Any], None], batches: Any, loader: Any, *undo: Any) -> None:
-        def watched(batches: Any) -> None:
-            self.sizes.append([batch.input_ids.numel() for batch in batches])
+        def watched(whole: Any) -> None:
+            self.sizes.append([batch.input_ids.numel() for batch in whole.microbatches])
             with Operations(self.failing.get(len(self.counts))) as operations:
                 self.counts.append(0)
                 try:
-                    step(batches)
+                    step(whole)
                 finally:
                     self.counts[-1] = operations.count
 
@@ -373,7 +372,7 @@ def test_no_substep_is_told_of_twice_when_a_step_is_done_again(rows: list, token
 
     trainer._start_engine = start  # type: ignore[method-assign]
     step = trainer._backward
-    trainer._backward = lambda batches: sizes.append(len(batches)) or step(batches)  # type: ignore[method-assign]
+    trainer._backward = lambda batches: sizes.append(len(batches.microbatches)) or step(batches)  # type: ignore[method-assign]
     trainer.train()
     assert len(sizes) == 4 and sizes[1] > sizes[0] == 2
     assert counts.ends == sum(sizes[1:]) - 3

@@ -20,6 +20,7 @@ from op_contract import (
     assert_every_element_is_written,
     assert_inputs_stay,
     assert_same,
+    assert_saved_tensors_may_come_back_with_other_strides,
     exactly,
     run,
     saved_beside,
@@ -213,6 +214,16 @@ def test_views_are_read_as_they_lie(method: str, view: str) -> None:
     if view == "transposed heads":
         assert found["result 0"].stride() == x.stride()
         assert method == "torch" or found["gradient of x"].stride() == x.stride()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@orders
+def test_gradients_are_right_where_what_was_saved_comes_back_with_other_strides(
+    method: str, order: dict[str, Any]
+) -> None:
+    given = inputs((2, 5, 4, 24), method=method)
+    given["x"] = given["x"].transpose(1, 2)
+    assert_saved_tensors_may_come_back_with_other_strides(ours(method, order), given, LEAVES)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -104,12 +104,12 @@ def _rms_norm_weight_kernel(
 
 @torch._disable_dynamo  # a graph of torch.compile breaks here
 def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
-    """-> y, and r of each row in the order of `memory_order`."""
+    """-> y, and r of each row, (..., 1) fp32."""
     dtype = x.dtype if weight is None or not round_first else torch.promote_types(x.dtype, weight.dtype)
     order, width = memory_order(x), x.shape[-1]
     y, config = empty_in_order(x.shape, order, dtype, x.device), launch.norm_config(width)
+    rstd = empty_in_order((*x.shape[:-1], 1), order, torch.float32, x.device)
     rows, results = _rows(x, order), _rows(y, order)
-    rstd = torch.empty(len(rows), dtype=torch.float32, device=x.device)
     if len(rows):
         _rms_norm_forward_kernel[(triton.cdiv(len(rows), config.rows),)](
             rows, _contiguous(weight), results, rstd, eps, len(rows), rows.stride(0), results.stride(0),
@@ -122,7 +122,9 @@ def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_f
 def backward(
     grad_y: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    order, width, rows = memory_order(x), x.shape[-1], len(rstd)
+    """What was saved may lie otherwise than it did: a hook that moves it to the host and back may pack it densely."""
+    order, width, rows = memory_order(x), x.shape[-1], rstd.numel()
+    rstd = _rows(rstd, order).contiguous()
     grad_x = empty_in_order(x.shape, order, x.dtype, x.device) if needs[0] else None
     grads, values = _rows(grad_y, order), _rows(x, order)
     results = None if grad_x is None else _rows(grad_x, order)

@@ -1,0 +1,283 @@
+"""What tests/test_ranks.py runs in one process and, under torchrun, in several: `python ranks_program.py OUT NAME ...`.
+
+Each scenario is one run on optimizer batches of 12 pairs, whatever the number of processes; what it ends with goes to
+OUT/NAME-RANK.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers_for_tests
+import torch
+from conftest import praise_and_scolding, tiny_llama
+from datasets import Dataset
+from peft import LoraConfig
+from test_out_of_memory import Operations
+from transformers import TrainerCallback
+
+import fastdpo
+from fastdpo.batch import OptimizerBatch
+from fastdpo.ranks import GradientSum, Ranks
+
+PAIRS = 12
+ROWS = praise_and_scolding()
+LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=True)
+TIMING = ("runtime", "per_second")
+
+
+def options(out: Path, count: int, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(out / "run"),
+        "per_device_train_batch_size": PAIRS // count,
+        "per_device_eval_batch_size": PAIRS // count,
+        "max_tokens_per_microbatch": 200,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "adam_epsilon": 1e-6,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "ddp_timeout": 120,
+        **changes,
+    }
+
+
+def trainer_of(
+    out: Path,
+    count: int,
+    rows: Any = ROWS,
+    eval_dataset: Any = None,
+    model: Any = None,
+    lora: bool = False,
+    **more: Any,
+) -> fastdpo.DPOTrainer:
+    return fastdpo.DPOTrainer(
+        model or tiny_llama(),
+        args=fastdpo.DPOConfig(**options(out, count, **more)),
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizers_for_tests.byte_level(),
+        peft_config=LORA if lora else None,
+    )
+
+
+def summary(trainer: fastdpo.DPOTrainer, **more: Any) -> dict[str, Any]:
+    """What is the same whatever the number of processes, as far as it is."""
+    log = [{k: v for k, v in row.items() if not k.endswith(TIMING)} for row in trainer.state.log_history]
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return {"log": log, "weights": weights, **more}
+
+
+def run(out: Path, count: int, **more: Any) -> dict[str, Any]:
+    trainer = trainer_of(out, count, **more)
+    trainer.train()
+    return summary(trainer)
+
+
+def lora_with_evaluation(out: Path, count: int) -> dict[str, Any]:
+    return run(out, count, lora=True, eval_dataset=ROWS[:17], eval_strategy="epoch")
+
+
+def matched(out: Path, count: int) -> dict[str, Any]:
+    return run(out, count, loss_type="aot", eval_dataset=ROWS[:17], eval_strategy="epoch")
+
+
+def running_mean(out: Path, count: int) -> dict[str, Any]:
+    trainer = trainer_of(out, count, loss_type="bco_pair")
+    trainer.train()
+    return summary(trainer, mean=(trainer.mean_reward.value, trainer.mean_reward.pairs))
+
+
+def token_mean(out: Path, count: int) -> dict[str, Any]:
+    return run(out, count, rpo_alpha=0.5)
+
+
+def padded(out: Path, count: int) -> dict[str, Any]:
+    return run(out, count, model=tiny_llama(attn_implementation="eager"), gradient_checkpointing=True)
+
+
+def a_last_batch_of_one_pair(out: Path, count: int) -> dict[str, Any]:
+    return run(out, count, rows=ROWS[:13], eval_dataset=ROWS[:1], eval_strategy="epoch")
+
+
+def stream(out: Path, count: int) -> dict[str, Any]:
+    return run(out, count, rows=Dataset.from_list(ROWS).to_iterable_dataset(), max_steps=3)
+
+
+def weights_that_differ_at_first(out: Path, count: int) -> dict[str, Any]:
+    """As of a script that makes its model without a seed: the first process's are taken."""
+    model = tiny_llama()
+    if count > 1 and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        model = tiny_llama(initializer_range=0.3)
+    return run(out, count, model=model)
+
+
+def remembered(out: Path, count: int) -> dict[str, Any]:
+    """The second epoch deals rows otherwise, and no process runs the reference again."""
+    trainer, passes = trainer_of(out, count), []
+    compute = trainer.reference.compute
+    trainer.reference.compute = lambda batch: passes.append(batch.num_pairs) or compute(batch)
+    trainer.train()
+    return summary(trainer, passes=sum(passes))
+
+
+def precomputed(out: Path, count: int) -> dict[str, Any]:
+    path = out / f"reference-{count}.safetensors"
+    found: dict[str, Any] = {}
+
+    class Seen(TrainerCallback):
+        def on_init_end(self, *_: Any, **__: Any) -> None:
+            found["file"] = path.exists()
+
+    trainer = trainer_of(out, count, precompute_ref_log_probs=True, ref_log_probs=str(path))
+    trainer.train()
+    memory = trainer.reference.memory
+    keys = sorted(memory.slots)
+    return summary(trainer, keys=keys, values=memory.recall(keys), freed=trainer.reference.policy is None)
+
+
+def best(out: Path, count: int) -> dict[str, Any]:
+    """Checkpoints, the best of them, which is the first, loaded in the end by all."""
+    trainer = trainer_of(
+        *(out / f"of-{count}", count),
+        eval_dataset=[row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in ROWS[:17]],
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"},
+        **{"metric_for_best_model": "loss", "load_best_model_at_end": True},
+    )
+    trainer.train()
+    at, saved = trainer.state.best_global_step, trainer.state.best_model_checkpoint
+    return summary(trainer, best=at, saved=Path(saved).name, there=Path(saved).exists())
+
+
+def noisy(out: Path, count: int) -> dict[str, Any]:
+    """Each process draws dropout masks of its own, and all end with the same weights."""
+    model, drawn = tiny_llama(attention_dropout=0.3), []
+    trainer = trainer_of(out, count, model=model, disable_dropout=False, max_steps=2)
+    backward = trainer._backward
+    trainer._backward = lambda whole: drawn.append(torch.get_rng_state()) or backward(whole)  # type: ignore[method-assign]
+    trainer.train()
+    return summary(trainer, drawn=drawn[0])
+
+
+@contextmanager
+def counted_outside_of_ranks(operations: list[Operations]) -> Iterator[None]:
+    """Operations in which ranks talk are not counted: none of them allocates on a device."""
+    names = [*((Ranks, name) for name in ("exchange", "agree", "gather", "sum")), (GradientSum, "_sum")]
+    kept = [getattr(where, name) for where, name in names]
+
+    def uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if not operations:
+                return function(*args)
+            count, failing = operations[-1].count, operations[-1].failing
+            operations[-1].failing = None
+            try:
+                return function(*args)
+            finally:
+                operations[-1].count, operations[-1].failing = count, failing
+
+        return call
+
+    for (where, name), function in zip(names, kept, strict=True):
+        setattr(where, name, uncounted(function))
+    try:
+        yield
+    finally:
+        for (where, name), function in zip(names, kept, strict=True):
+            setattr(where, name, function)
+
+
+def attempts_of(trainer: fastdpo.DPOTrainer, failing: Callable[[int], int | None]) -> list[int]:
+    """Trains, attempt n failing at operation `failing(n)`; -> operations of each attempt."""
+    backward, counts, running = trainer._backward, [], []
+
+    def watched(whole: OptimizerBatch) -> None:
+        with Operations(failing(len(counts))) as operations:
+            running.append(operations)
+            counts.append(0)
+            try:
+                backward(whole)
+            finally:
+                counts[-1] = operations.count
+                running.clear()
+
+    trainer._backward = watched  # type: ignore[method-assign]
+    with counted_outside_of_ranks(running):
+        trainer.train()
+    return counts
+
+
+def out_of_memory(out: Path, count: int, loss: str, where: float) -> dict[str, Any]:
+    """The last rank alone runs out of memory, in its second step, and again at its next try."""
+    more: Any = {"loss_type": loss, "max_tokens_per_microbatch": 10_000, "max_steps": 3}
+    usual = attempts_of(trainer_of(out, count, **more), lambda attempt: None)
+    trainer = trainer_of(out, count, **more)
+    last = trainer.ranks.rank == count - 1
+    at = 1 + round(where * (usual[1] - 1))
+    counts = attempts_of(trainer, lambda attempt: at if last and attempt in (1, 2) else None)
+    return summary(trainer, attempts=len(counts), budget=trainer._retry.budget)
+
+
+def a_pair_that_never_fits(out: Path, count: int) -> dict[str, Any]:
+    trainer = trainer_of(out, count, max_tokens_per_microbatch=1, max_steps=1)
+    last = trainer.ranks.rank == count - 1
+    try:
+        attempts_of(trainer, lambda attempt: 5 if last else None)
+    except RuntimeError as error:
+        return {"error": f"{type(error).__name__}: {error}", "notes": getattr(error, "__notes__", [])}
+    raise AssertionError("it went through")
+
+
+def gradients_that_only_some_have(out: Path, count: int) -> dict[str, Any]:
+    """As of an expert that no token of one process went to; and large tensors, which are summed one by one."""
+    fastdpo.DPOConfig(**options(out, count))  # which connects the processes
+    there = torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if there else 0
+    ranks = Ranks(rank, count, torch.distributed.group.WORLD) if there else Ranks()
+    shapes = [(3,), (2, 2), (5,), (2**24 + 1,), (4, 3)]
+    trained = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    trained.append(torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+    total = GradientSum(ranks, trained)
+    for index, parameter in enumerate(trained):
+        if index not in (1, 2) or (index == 2 and rank == 0):  # nobody has 1, the first alone has 2
+            parameter.grad = torch.full_like(parameter, rank + index + 1.0)
+    trained[4].grad = torch.full((3, 4), rank + 5.0).T  # not contiguous
+    total()
+    return {"sums": [None if p.grad is None else (p.grad.min().item(), p.grad.max().item()) for p in trained]}
+
+
+OUT_OF_MEMORY: dict[str, Callable[..., dict[str, Any]]] = {
+    f"out_of_memory-{loss}-{where}": lambda out, count, loss=loss, where=where: out_of_memory(out, count, loss, where)
+    for loss in ("sigmoid", "aot", "bco_pair")
+    for where in (0.0, 0.3, 0.6, 0.9, 1.0)
+}
+SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        *(lora_with_evaluation, matched, running_mean, token_mean, padded, a_last_batch_of_one_pair, stream),
+        *(weights_that_differ_at_first, remembered, precomputed, best, noisy, a_pair_that_never_fits),
+        gradients_that_only_some_have,
+    )
+} | OUT_OF_MEMORY
+
+
+def main(out: Path, count: int, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    for name in names:
+        torch.manual_seed(0)
+        found = SCENARIOS[name](out, count)
+        torch.save(found, out / f"{name}-{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import os
+
+    main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), sys.argv[2:])

@@ -1,0 +1,175 @@
+"""Several processes train as one does on the same optimizer batches, and stay equal to each other bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import draw_no_picture, tiny_llama
+from ranks_program import OUT_OF_MEMORY, SCENARIOS
+
+import fastdpo
+from fastdpo.batch import deal
+
+TESTS = Path(__file__).parent
+PROCESSES = (2, 3)
+OF_THEIR_OWN = ("noisy", "a_pair_that_never_fits", "gradients_that_only_some_have")  # not what one process does
+COMPARED = [name for name in SCENARIOS if name not in OF_THEIR_OWN]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[dict[str, Any]]]:
+    """-> what each process of so many ended a scenario with; they are started once for all scenarios."""
+    started: dict[int, Path] = {}
+
+    def of(name: str, count: int) -> list[dict[str, Any]]:
+        if count not in started:
+            started[count] = tmp_path_factory.mktemp(f"of{count}")
+            launch(count, str(TESTS / "ranks_program.py"), str(started[count]), *SCENARIOS)
+        return [torch.load(started[count] / f"{name}-{rank}.pt", weights_only=True) for rank in range(count)]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """-> what one process ends a scenario with."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def of(name: str) -> dict[str, Any]:
+        if name not in known:
+            torch.manual_seed(0)
+            with pytest.MonkeyPatch.context() as patch:
+                draw_no_picture(patch)
+                known[name] = SCENARIOS[name](tmp_path_factory.mktemp("alone"), 1)
+        return known[name]
+
+    return of
+
+
+def launch(count: int, *command: str, **changes: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **changes}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    done = subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stdout + done.stderr
+
+
+def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert len(ours["log"]) == len(expected["log"])
+    for row, other in zip(ours["log"], expected["log"], strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+    for name, value in expected["weights"].items():
+        assert (ours["weights"][name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+@pytest.mark.parametrize("name", COMPARED)
+def test_the_log_and_the_weights_are_those_of_one_process(name: str, count: int, found: Any, alone: Any) -> None:
+    for ours in found(name, count):
+        assert_same(ours, alone(name))
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+@pytest.mark.parametrize("name", [*COMPARED, "noisy"])
+def test_all_processes_end_with_the_same_bits(name: str, count: int, found: Any) -> None:
+    first, *others = found(name, count)
+    for other in others:
+        assert other["log"] == first["log"]
+        for key, value in first["weights"].items():
+            assert torch.equal(other["weights"][key], value), key
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+@pytest.mark.parametrize("name", OUT_OF_MEMORY)
+def test_memory_that_runs_out_in_one_process_halves_the_micro_batches_of_all(name: str, count: int, found: Any) -> None:
+    results = found(name, count)
+    assert {result["attempts"] for result in results} == {3 + 2}
+    assert len({result["budget"] for result in results}) == 1 and results[0]["budget"] < 10_000
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_a_pair_that_does_not_fit_alone_ends_all_processes(count: int, found: Any) -> None:
+    *others, last = found("a_pair_that_never_fits", count)
+    assert "OutOfMemoryError" in last["error"] and any("gradient_checkpointing" in note for note in last["notes"])
+    assert all("another process ran out of memory" in other["error"] for other in others)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_the_second_epoch_runs_no_reference_though_rows_go_to_other_processes(count: int, found: Any) -> None:
+    assert sum(result["passes"] for result in found("remembered", count)) == 24
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_processes_compute_the_reference_ahead_together(count: int, found: Any, alone: Any) -> None:
+    expected = alone("precomputed")
+    for result in found("precomputed", count):
+        assert result["keys"] == expected["keys"] and result["freed"]
+        torch.testing.assert_close(result["values"], expected["values"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_the_best_checkpoint_is_written_once_and_loaded_by_all(count: int, found: Any, alone: Any) -> None:
+    expected = alone("best")
+    assert expected["best"] == 1 and expected["saved"] == f"checkpoint-{expected['best']}"
+    for result in found("best", count):
+        assert (result["best"], result["saved"], result["there"]) == (expected["best"], expected["saved"], True)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_each_process_draws_dropout_masks_of_its_own(count: int, found: Any) -> None:
+    states = [result["drawn"].numpy().tobytes() for result in found("noisy", count)]
+    assert len(set(states)) == count
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_gradients_are_summed_where_any_process_has_one(count: int, found: Any) -> None:
+    everyone = sum(range(count))
+    expected = [everyone + count * (index + 1.0) for index in range(6)]
+    expected[2] = 3.0
+    for result in found("gradients_that_only_some_have", count):
+        assert result["sums"] == [None if index == 1 else (n, n) for index, n in enumerate(expected)]
+
+
+@pytest.mark.parametrize("hands", [1, 2, 3, 8])
+@pytest.mark.parametrize("pairs", [1, 7, 16, 64])
+def test_pairs_are_dealt_evenly_by_number_and_by_tokens(pairs: int, hands: int) -> None:
+    lengths = torch.randint(1, 1000, (pairs,), generator=torch.Generator().manual_seed(pairs)).tolist()
+    dealt = deal(lengths, hands)
+    assert sorted(index for hand in dealt for index in hand) == list(range(pairs))
+    assert {len(hand) for hand in dealt} <= {pairs // hands, -(-pairs // hands)}
+    loads = [sum(lengths[index] for index in hand) for hand in dealt]
+    assert max(loads) - min(loads) <= max(lengths)  # one pair at most
+
+
+def test_the_command_line_trains_in_two_processes(rows: list, tmp_path: Path, tokenizer: Any) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["-m", "fastdpo.cli", "train", "--model", str(tmp_path / "model"), "--use_cpu", "True"]
+    command += ["--train_dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "out")]
+    said = launch(2, *command, "--max_steps", "2", "--per_device_train_batch_size", "4", "--logging_steps", "1")
+    assert said.count("processes: 2") == 1 and said.count("longest pair") == 1  # the first one speaks
+    logged = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [1, 2, 2]
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch, quick: dict) -> None:
+    """torchrun on a machine without GPUs, and use_cpu not set: transformers then connects nothing."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched.*use_cpu=True"):
+        fastdpo.DPOConfig(**quick).validate()
+
+
+def test_an_engine_that_shards_is_refused(monkeypatch: pytest.MonkeyPatch, quick: dict) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="configured for FSDP.*MULTI_GPU"):
+        fastdpo.DPOConfig(**quick).validate()
