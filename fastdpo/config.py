@@ -249,6 +249,11 @@ class DPOConfig(TrainingArguments):
         self._validate_args()  # transformers' own, of strategies and steps
         self._check_devices()
 
+    def take(self, options: Mapping[str, Any]) -> None:
+        """Sets options by name, old names included; `validate` reads them. Raises ValueError for unknown names."""
+        for name, value in present_names(options, _defaults(type(self))).items():
+            setattr(self, name, value)
+
     def _normalise(self) -> None:
         """One form for each option: a list for one name, a dict for JSON, one name for checkpointing, bf16 decided."""
         for name in _LISTS:

@@ -16,8 +16,30 @@ STEPPED_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules that loo
 NO_WEIGHT_DECAY = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 
 
-def build_optimizer(model: nn.Module, config: DPOConfig, steps: int) -> tuple[Any, Any]:
-    """-> `optim` over everything that trains, with weight decay on all but norms and biases; a schedule of `steps`."""
+def build_optimizer(
+    model: nn.Module, config: DPOConfig, steps: int, given: tuple[Any, Any] = (None, None)
+) -> tuple[Any, Any]:
+    """-> the given optimizer and schedule, or `optim` over everything that trains, with weight decay on all but norms
+    and biases, and a schedule of `steps`. Raises ValueError for a given optimizer that leaves out what trains.
+    """
+    optimizer, scheduler = given
+    if optimizer is None:
+        optimizer = _build_optimizer(model, config)
+    elif missing := _left_out(model, optimizer):
+        raise ValueError(
+            f"the given optimizer does not have {len(missing)} parameters that train, such as {missing[0]}: make it "
+            "from the parameters of the model as it trains (adapters are added, and weights may be cast, by the "
+            "trainer: give it a PeftModel), or take requires_grad from what is not to train"
+        )
+    return optimizer, scheduler or _build_schedule(optimizer, config, steps)
+
+
+def _left_out(model: nn.Module, optimizer: Any) -> list[str]:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [name for name, value in model.named_parameters() if value.requires_grad and id(value) not in held]
+
+
+def _build_optimizer(model: nn.Module, config: DPOConfig) -> Any:
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(config, model)  # type: ignore[arg-type]
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NO_WEIGHT_DECAY))
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -25,15 +47,17 @@ def build_optimizer(model: nn.Module, config: DPOConfig, steps: int) -> tuple[An
         {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
-    optimizer = optimizer_class([group for group in groups if group["params"]], **options)
-    scheduler = get_scheduler(
+    return optimizer_class([group for group in groups if group["params"]], **options)
+
+
+def _build_schedule(optimizer: Any, config: DPOConfig, steps: int) -> Any:
+    return get_scheduler(
         config.lr_scheduler_type,
         optimizer,
         num_warmup_steps=config.get_warmup_steps(steps),
         num_training_steps=steps,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
     )
-    return optimizer, scheduler
 
 
 def allocate_states(optimizer: Any) -> None:

@@ -42,12 +42,13 @@ from fastdpo.ranks import GradientSum, find_ranks
 from fastdpo.reference import NoReference
 from fastdpo.retry import Retry, out_of_memory
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
+from fastdpo.surface import Surface
 from fastdpo_kernels.pair_loss import PairLoss
 
 logger = logging.getLogger(__name__)
 
 
-class DPOTrainer:
+class DPOTrainer(Surface):
     """Trains `model` from preference pairs.
 
     model, ref_model: a name, a path, or a loaded PreTrainedModel or PeftModel. Without ref_model the reference is the
@@ -55,7 +56,12 @@ class DPOTrainer:
     args: a DPOConfig (TRL's DPOConfig and TrainingArguments are converted).
     train_dataset, eval_dataset: whatever `fastdpo.data.load_rows` takes; eval_dataset may also map names to such.
     processing_class: the tokenizer, also accepted as `tokenizer`; by default the one that comes with the model.
-    peft_config: a peft config for new adapters; `use_peft` and the lora_* fields of args do the same.
+    optimizers: an optimizer over all that trains, and a schedule for it; None where args makes it.
+    quantization_config, peft_config: of a model that loads, and for new adapters; fields of args do the same.
+    model_init: gives the model in place of `model`.
+    options: fields of args, which take precedence over args, as TRL's trainer took them before 0.12 (beta, ...).
+
+    The order is TRL 1.16's. `surface.py` has what scripts call besides `train`, `evaluate` and `save_model`.
 
     Raises ValueError for input that cannot train, before a model loads wherever it can be told by then.
     """
@@ -65,20 +71,34 @@ class DPOTrainer:
         model: build.Model | None = None,
         ref_model: build.Model | None = None,
         args: Any = None,
-        *,
+        data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
-        peft_config: Any = None,
+        compute_metrics: Any = None,
         callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
         tokenizer: Any = None,
+        model_init: Callable[[], build.Model] | None = None,
+        preprocess_logits_for_metrics: Any = None,
+        **options: Any,
     ) -> None:
         if tokenizer is not None and processing_class is not None:
             raise ValueError("processing_class and tokenizer are two names for one argument: give one of them")
+        if model is not None and model_init is not None:
+            raise ValueError("both model and model_init are given: leave one out")
+        _refuse_hooks(data_collator, compute_metrics, preprocess_logits_for_metrics)
         show_messages(args)
         # a copy: what the run resolves, such as the learning rate, is not written into a config that others may share
         self.args = args = copy.copy(DPOConfig.from_arguments(DPOConfig() if args is None else args))
+        args.take(options if quantization_config is None else options | {"quantization_config": quantization_config})
         args.validate()
+        if model_init is not None:
+            set_seed(args.seed)
+            model = model_init()
         build.check_models(model, ref_model, args, peft_config)
         build.choose_adapters(model, peft_config, args)
         reporters = build.find_reporters(args)
@@ -105,11 +125,10 @@ class DPOTrainer:
             self.loss = pairwise_loss(args)
             self.mean_reward = build.build_mean_reward(self.loss, args)
 
-            self._margins_checked = self._evaluate_at_end = False
+            self._margins_checked = self._evaluate_at_end = self._warned_of_no_gradient = False
             self._retry = Retry(self.ranks, dropout=self.policy.noisy)
             self._start_engine()
-            self.optimizer: Any = None
-            self.lr_scheduler: Any = None
+            self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
             self.state, self.control = self._new_state(), TrainerControl()
             given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
             self.callback_handler = build.build_callbacks(
@@ -155,7 +174,7 @@ class DPOTrainer:
         self._start_engine()
         loader = train_loader(self.train_dataset, self.layout, args, self.ranks)
         steps, epochs = length_of_run(loader, args)
-        self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps)
+        self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps, self._given_optimizers)
         allocate_states(self.optimizer)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
         self.state = self._new_state(
@@ -328,6 +347,13 @@ class DPOTrainer:
         norm = [] if running.grad_norm is None else [running.grad_norm]
         metrics, extra = running.sums.read(self.ranks, *norm)
         running.logged(metrics.pop("loss"), self.state.global_step)
+        if extra == [0.0] and not self._warned_of_no_gradient:
+            self._warned_of_no_gradient = True
+            logger.warning(
+                "step %d: the gradient norm is exactly 0, so nothing trains: what requires a gradient has no part in the "
+                "log-probs, or the loss has no slope here",
+                self.state.global_step,
+            )
         if not all(map(math.isfinite, [running.window_loss, *extra])):
             logger.warning("step %d: loss or gradient norm is not finite: the run diverged", self.state.global_step)
         row = {
@@ -440,12 +466,6 @@ class DPOTrainer:
         if self.args.should_save:
             checkpoint.save_model(self.model, self.processing_class, Path(str(output_dir or self.args.output_dir)))
 
-    def add_callback(self, callback: Any) -> None:
-        self.callback_handler.add_callback(callback)
-
-    def remove_callback(self, callback: Any) -> None:
-        self.callback_handler.remove_callback(callback)
-
     def _fused_blocks(self) -> AbstractContextManager[object]:
         return build.fused_blocks([self.policy, self.reference.policy], self.args)
 
@@ -491,6 +511,13 @@ class DPOTrainer:
         Autocast and loss scaling are ours, not Accelerate's: its precision is fixed once a process.
         """
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
+
+
+def _refuse_hooks(data_collator: Any, compute_metrics: Any, preprocess_logits_for_metrics: Any) -> None:
+    given = {"data_collator": data_collator, "compute_metrics": compute_metrics}
+    given["preprocess_logits_for_metrics"] = preprocess_logits_for_metrics
+    if names := [name for name, value in given.items() if value is not None]:
+        raise ValueError(f"{' and '.join(names)} is not available yet: leave it out; evaluate() gives its own metrics")
 
 
 def _best_key(args: DPOConfig) -> str:
