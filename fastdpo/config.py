@@ -43,7 +43,7 @@ IGNORES_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "a
 
 _LISTS = ("loss_type", "loss_weights", "lora_target_modules", "lora_modules_to_save")
 _DICTS = ("model_init_kwargs", "rope_scaling", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
-_DICTS += ("activation_checkpointing_kwargs", "quantization_config")
+_DICTS += ("activation_checkpointing_kwargs", "quantization_config", "ref_model_init_kwargs")
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a dict"}
 
 
@@ -210,17 +210,19 @@ class DPOConfig(TrainingArguments):
     activation_checkpointing_kwargs: dict | str | None = _option(None, "Newer name of gradient_checkpointing_kwargs.")
 
     # Documented for DPO, not available yet
-    sync_ref_model: bool = _later(False)
-    ref_model_mixup_alpha: float = _later(0.9)
-    ref_model_sync_steps: int = _later(64)
+    sync_ref_model: bool = _option(False, "TR-DPO: move the reference towards the policy while training.")
+    ref_model_mixup_alpha: float = _option(0.9, "Share of the policy in the reference at each move; 1 replaces it.")
+    ref_model_sync_steps: int = _option(64, "Optimizer steps between moves of the reference.")
+    model_adapter_name: str | None = _option(None, "Of a PeftModel with several adapters, the one that trains.")
+    ref_adapter_name: str | None = _option(None, "Of a PeftModel with several adapters, the one that is the reference.")
+    force_use_ref_model: bool = _option(False, "Insist on ref_model beside adapters; a given one is always used.")
+    ref_model_init_kwargs: dict | str | None = _option(
+        None, "Arguments of from_pretrained for ref_model, in place of model_init_kwargs."
+    )
     router_aux_loss_coef: float | None = _later(None)
     generate_during_eval: bool = _later(False)
     is_encoder_decoder: bool | None = _later(None)
     max_target_length: int | None = _later(None)
-    model_adapter_name: str | None = _later(None)
-    ref_adapter_name: str | None = _later(None)
-    force_use_ref_model: bool = _later(False)
-    ref_model_init_kwargs: dict | str | None = _later(None)
     label_pad_token_id: int = _later(-100)
     padding_value: int | None = _later(None)
     pad_token: str | None = _later(None)
@@ -394,6 +396,13 @@ class DPOConfig(TrainingArguments):
                 f"precompute_ref_batch_size={self.precompute_ref_batch_size} has no effect without "
                 "precompute_ref_log_probs=True: set that, or leave it out."
             )
+        if ahead and self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model moves the reference, so its log-probs cannot be known ahead: leave one out."
+            )
+        for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
+            if not self.sync_ref_model and getattr(self, name) != _defaults(DPOConfig)[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without sync_ref_model=True: set that.")
 
     def _check_combinations(self) -> None:
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
@@ -558,6 +567,8 @@ def _given_options(arguments: TrainingArguments, ours: Mapping[str, Any]) -> dic
         works = name in ours and VERDICTS[name].kind == "works"
         if works or not changes_nothing(value, default):
             options[name] = value
+    if not options.get("sync_ref_model"):
+        options = {name: value for name, value in options.items() if not name.startswith("ref_model_")}
     # TRL 1.16's alpha, told by its default of 0.5, counts from the other end
     if _defaults(type(arguments)).get("f_alpha_divergence_coef") == 0.5:
         alpha = options.pop("f_alpha_divergence_coef")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastdpo.batch import PreferenceBatch
 from fastdpo.model import Policy
+from fastdpo.quantized import states_of_8_bits
 from fastdpo.ranks import Ranks
 from fastdpo_kernels.pair_loss import sequence_sums
 
@@ -32,6 +33,12 @@ FROZEN_ADAPTER = "_fastdpo_reference"
 # another kernel runs. bf16 lies 3e-4 from fp32 in a random Llama of 6 layers (300 tokens, CPU, 2026-11-22), and deeper
 # models round more; another model is off by several percent.
 ROUNDING = {"float64": 2e-5, "float32": 2e-5, "tf32": 1e-3, "float16": 1e-3, "bfloat16": 4e-3}
+# Beside it where LLM.int8 sets outliers apart, which it finds in the whole batch: 4e-4 to 1e-2 in random Llamas of 8 to
+# 12 layers with outliers of 20 times the others (120 to 250 tokens, CPU, 2026-11-22).
+OUTLIERS = 2e-2
+
+
+Switch = Callable[[], AbstractContextManager[object]]  # a model in another state within it
 
 
 class Reference:
@@ -40,7 +47,7 @@ class Reference:
     def __init__(
         self,
         policy: Policy,
-        without_policy: Callable[[], AbstractContextManager[object]],
+        without_policy: Switch,
         description: str,
         equals_policy: bool,
         ld_alpha: float | None = None,
@@ -54,7 +61,9 @@ class Reference:
         self.description, self.equals_policy, self.ld_alpha = description, equals_policy, ld_alpha
         self.adapters = adapters
         self.precision = precision(policy)
+        self.outliers = any(state.threshold for state in states_of_8_bits(policy))
         self.memory = ReferenceMemory()
+        self.follows: list[tuple[Tensor, Tensor]] = []  # its tensors, and those of the policy that `mix` takes from
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         """-> (P, 2) fp64: chosen, rejected."""
@@ -79,7 +88,8 @@ class Reference:
 
     def rounding(self, logps: Tensor) -> Tensor:
         """How far right values of these log-probs may lie apart, when computed in other batches."""
-        return ROUNDING[self.precision] * (1 + logps.abs())
+        relative = max(ROUNDING[self.precision], OUTLIERS if self.outliers else 0.0)
+        return relative * (1 + logps.abs())
 
     @property
     def known_rows(self) -> int:
@@ -88,6 +98,16 @@ class Reference:
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """All ranks, at the same time: what one remembers, each does."""
         self.memory.share(ranks, device)
+
+    @torch.no_grad()
+    def mix(self, share: float) -> None:
+        """Moves it towards the policy (TR-DPO, arXiv:2404.09656): (1 - share) of what it is, `share` of the policy.
+
+        Of an adapter the factors are mixed, which is mixing their product for a share of 1 only.
+        """
+        for mine, trained in self.follows:
+            mine.lerp_(trained.to(mine.dtype), share)
+        self.memory = ReferenceMemory()
 
     def free(self) -> None:
         """Lets go of a reference model: from here on there is what is remembered."""
@@ -121,6 +141,9 @@ class NoReference:
 
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """Nothing is remembered."""
+
+    def mix(self, share: float) -> None:
+        """There is nothing that could move."""
 
     def release(self) -> None:
         """Nothing was added to the policy's model."""
@@ -186,29 +209,111 @@ def gather_rows(ranks: Ranks, keys: Sequence[bytes], logps: Tensor) -> tuple[lis
 
 
 def find_reference(
-    policy: Policy, ref_policy: Policy | None, probe: PreferenceBatch, ld_alpha: float | None = None
+    policy: Policy,
+    ref_policy: Policy | None,
+    probe: PreferenceBatch,
+    ld_alpha: float | None = None,
+    ref_adapter: str | None = None,
+    synced: bool = False,
 ) -> Reference:
-    """The cheapest right reference for this policy. `probe` is any batch on the policy's device."""
+    """The cheapest right reference for this policy, or the adapter of that name. `probe` is any batch on the policy's
+    device; `synced`: the reference is to follow the policy. Raises ValueError where it cannot.
+    """
     if ref_policy is not None:
         ref_policy.requires_grad_(False).eval()
         adapters = tuple(ref_policy.model.active_adapters) if isinstance(ref_policy.model, PeftModel) else ()
-        return Reference(ref_policy, nullcontext, "the given ref_model", False, ld_alpha, adapters)
+        given = Reference(ref_policy, nullcontext, "the given ref_model", False, ld_alpha, adapters)
+        return _following(given, policy.model, ref_policy.model) if synced else given
     model = policy.model
     if not isinstance(model, PeftModel):
         frozen = Policy(copy.deepcopy(model), policy.autocast).requires_grad_(False).eval()
-        return Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True, ld_alpha)
-    if _adapters_change_nothing(policy, probe):
-        off = adapter_switch(model, model.disable_adapter)
-        return Reference(policy, off, "the policy with its adapters off", True, ld_alpha)
-    _freeze_adapter_copy(model)
-    description = "a frozen copy of the adapter that training starts from (with adapters off the model is another one)"
-    frozen_copy = adapter_switch(model, lambda: active_adapter(model, FROZEN_ADAPTER))
-    return Reference(policy, frozen_copy, description, True, ld_alpha, (FROZEN_ADAPTER,))
+        copied = Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True, ld_alpha)
+        return _following(copied, model, frozen.model) if synced else copied
+    outside = OutsideAdapters(model)
+    if ref_adapter is None and not synced and _adapters_change_nothing(policy, probe):
+        off = outside.kept(adapter_switch(model, model.disable_adapter))
+        return Reference(policy, off, f"the policy with its adapters off{outside}", True, ld_alpha)
+    if ref_adapter is None:
+        _freeze_adapter_copy(model)
+        why = "the reference follows the policy" if synced else "with adapters off the model is another one"
+        description = f"a frozen copy of the adapter that training starts from ({why}){outside}"
+    else:
+        _freeze_adapter(model, ref_adapter)
+        description = f"the adapter {ref_adapter!r}{outside}"
+    name = ref_adapter or FROZEN_ADAPTER
+    named = outside.kept(adapter_switch(model, lambda: active_adapter(model, name)))
+    equal = ref_adapter is None or _same_logps(policy, probe, named)
+    reference = Reference(policy, named, description, equal, ld_alpha, (name,))
+    if synced:
+        reference.follows = [*_adapter_pairs(model, name), *outside.pairs()]
+    return reference
 
 
-def adapter_switch(
-    model: PeftModel, switch: Callable[[], AbstractContextManager[object]]
-) -> Callable[[], AbstractContextManager[object]]:
+def _following(reference: Reference, model: nn.Module, ref_model: nn.Module) -> Reference:
+    """The reference, with each trained parameter of `model` beside its own."""
+    own, trained = dict(ref_model.named_parameters()), {n: p for n, p in model.named_parameters() if p.requires_grad}
+    other = [name for name, value in trained.items() if name not in own or own[name].shape != value.shape]
+    if other:
+        raise ValueError(
+            f"sync_ref_model mixes the policy into the reference, and ref_model has no {other[0]} of that shape: leave "
+            "ref_model out, or give one of the same kind, without adapters that the policy trains"
+        )
+    reference.follows = [(own[name], value) for name, value in trained.items()]
+    return reference
+
+
+def _adapter_pairs(model: PeftModel, name: str) -> list[tuple[Tensor, Tensor]]:
+    """(of adapter `name`, of the one that trains)."""
+    active, tensors = model.active_adapters[0], dict(model.named_parameters())
+    pairs = []
+    for path, trained in tensors.items():
+        other = ".".join(name if part == active else part for part in path.split("."))
+        if trained.requires_grad and other != path:
+            pairs.append((tensors[other], trained))
+    return pairs
+
+
+class OutsideAdapters:
+    """What trains and no switch of peft's turns off, biases of bias="all" and what the user set to train, with the
+    values that it had at first.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        inside = (getattr(model.base_model, "prefix", "adaption_"), ".modules_to_save.", "trainable_tokens_")
+        named = model.named_parameters()
+        self.parameters = [p for name, p in named if p.requires_grad and not any(word in name for word in inside)]
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def __str__(self) -> str:
+        return f", and {len(self.parameters)} trained tensors of its base as they were" if self.parameters else ""
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.values, self.parameters, strict=True))
+
+    def kept(self, switch: Switch) -> Switch:
+        """`switch`, and within it these parameters have those values."""
+        if not self.parameters:
+            return switch
+
+        @contextmanager
+        def switched() -> Iterator[None]:
+            trained = [parameter.data for parameter in self.parameters]
+            with switch():
+                try:
+                    _set_data(self.parameters, self.values)
+                    yield
+                finally:
+                    _set_data(self.parameters, trained)
+
+        return switched
+
+
+def _set_data(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value
+
+
+def adapter_switch(model: PeftModel, switch: Switch) -> Switch:
     """peft's `switch`, tried once: from then on the flags that it set on modules, and no parameter's requires_grad,
     which a pass without gradients does not look at.
 
@@ -284,10 +389,39 @@ def _adapters_change_nothing(policy: Policy, probe: PreferenceBatch) -> bool:
     return torch.equal(with_adapters, without)
 
 
-def _freeze_adapter_copy(model: PeftModel) -> None:
+@torch.no_grad()
+def _same_logps(policy: Policy, probe: PreferenceBatch, switch: Switch) -> bool:
+    """Whether the policy gives the same bits within `switch`."""
+    with evaluating(policy):
+        ours, _ = policy(probe)
+        with switch():
+            theirs, _ = policy(probe)
+    return torch.equal(ours, theirs)
+
+
+def _freeze_adapter(model: PeftModel, name: str) -> None:
+    """An adapter that the user loaded beside the one that trains, in the precision that masters train in."""
+    active = _only_active(model)
+    if name not in model.peft_config or name == active:
+        others = [other for other in model.peft_config if other != active]
+        raise ValueError(
+            f"ref_adapter_name={name!r}, and beside {active!r}, which trains, the model has the adapters {others}: "
+            f"load the reference's with model.load_adapter(path, adapter_name={name!r})"
+        )
+    for path, parameter in model.named_parameters():
+        if name in path.split("."):
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+
+
+def _only_active(model: PeftModel) -> str:
     if len(model.active_adapters) != 1:
         raise ValueError(f"adapters {model.active_adapters} are active at once: set one with model.set_adapter(name)")
-    active = model.active_adapters[0]
+    return model.active_adapters[0]
+
+
+def _freeze_adapter_copy(model: PeftModel) -> None:
+    active = _only_active(model)
     config: Any = copy.deepcopy(model.peft_config[active])
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):

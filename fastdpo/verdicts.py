@@ -41,7 +41,9 @@ _WORKS = {
     "dataset_num_proc remove_unused_columns",
     "preference loss": "loss_type loss_weights beta label_smoothing discopop_tau simpo_gamma cpo_alpha "
     "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free",
-    "reference": "precompute_ref_log_probs precompute_ref_batch_size ref_log_probs",
+    "reference": "precompute_ref_log_probs precompute_ref_batch_size ref_log_probs sync_ref_model "
+    "ref_model_mixup_alpha ref_model_sync_steps model_adapter_name ref_adapter_name force_use_ref_model "
+    "ref_model_init_kwargs",
     "memory": "memory max_tokens_per_microbatch gradient_checkpointing gradient_checkpointing_kwargs "
     "activation_checkpointing activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
     "batches and duration": "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
@@ -90,8 +92,6 @@ _NOT_YET = {
     "hub_private_repo hub_always_push hub_revision",
     ("compute_metrics", "read the metrics that every evaluation logs"): "eval_accumulation_steps batch_eval_metrics "
     "eval_do_concat_batches include_for_metrics include_inputs_for_metrics",
-    ("a choice of reference", "leave it at its default, or give ref_model"): "sync_ref_model ref_model_mixup_alpha "
-    "ref_model_sync_steps model_adapter_name ref_adapter_name force_use_ref_model ref_model_init_kwargs",
     ("a router's auxiliary loss", "leave it at its default"): "router_aux_loss_coef",
     ("evaluating in another precision", "set bf16=True or fp16=True, which evaluation follows"): "bf16_full_eval "
     "fp16_full_eval",
@@ -188,7 +188,7 @@ RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("beta discopop_tau learning_rate adam_epsilon num_train_epochs lora_alpha", "above 0", lambda value: value > 0),
     (
         "max_length max_prompt_length max_completion_length dataset_num_proc max_tokens_per_microbatch lora_r "
-        "precompute_ref_batch_size "
+        "precompute_ref_batch_size ref_model_sync_steps "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
         "torch_empty_cache_steps dataloader_prefetch_factor",
         "at least 1",
@@ -203,6 +203,7 @@ RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("adam_beta1 adam_beta2 lora_dropout", "at least 0 and below 1", lambda value: 0 <= value < 1),
     ("label_smoothing", "at least 0 and below 0.5", lambda value: 0 <= value < 0.5),
     ("warmup_ratio ld_alpha", "between 0 and 1", lambda value: 0 <= value <= 1),
+    ("ref_model_mixup_alpha", "above 0 and at most 1", lambda value: 0 < value <= 1),
     ("max_steps", "-1 (unset) or at least 1", lambda value: value == -1 or value >= 1),
 )
 

@@ -358,7 +358,9 @@ def test_trl_arguments_keep_their_values_and_raise_for_what_is_not_there_yet(tmp
     assert (made.beta, made.loss_type, made.learning_rate, made.max_length) == (0.3, ["ipo"], 1e-6, 1024)
     assert (made.truncation_mode, made.gradient_checkpointing, made.bf16) == ("keep_start", True, True)
     assert made.ref_model_sync_steps == 64 and "TRL 1.16" not in caplog.text
-    for options in ({"sync_ref_model": True}, {"push_to_hub": True}, {"pad_to_multiple_of": 8}):
+    synced = DPOConfig.from_arguments(trl.DPOConfig(str(tmp_path), use_cpu=True, sync_ref_model=True))
+    assert (synced.ref_model_mixup_alpha, synced.ref_model_sync_steps) == (0.6, 512)
+    for options in ({"push_to_hub": True}, {"pad_to_multiple_of": 8}):
         with pytest.raises(ValueError, match=f"{next(iter(options))}="):
             DPOConfig.from_arguments(trl.DPOConfig(str(tmp_path), use_cpu=True, **options))
 

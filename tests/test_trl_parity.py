@@ -52,11 +52,14 @@ class Case:
     learning_rate: float
     tied: bool = False
     weights: tuple[float, ...] | None = None  # of the losses in `loss`, joined by +
+    synced: tuple[float, int] | None = None  # share of the policy in the reference, and every how many steps
 
     def __str__(self) -> str:
-        return f"{self.loss}-{'lora' if self.lora else 'full'}-{'tied-' * self.tied}accumulate{self.accumulation}"
+        more = "tied-" * self.tied + "synced-" * bool(self.synced)
+        return f"{self.loss}-{'lora' if self.lora else 'full'}-{more}accumulate{self.accumulation}"
 
 
+SYNCED = {"sync_ref_model": False, "ref_model_mixup_alpha": 0.9, "ref_model_sync_steps": 64}
 CASES = (
     Case("sigmoid", 0.1, lora=True, accumulation=1, learning_rate=1e-2),
     Case("sigmoid", 0.5, lora=False, accumulation=2, learning_rate=1e-3),
@@ -67,6 +70,7 @@ CASES = (
     Case("hinge", 1.0, lora=False, accumulation=1, learning_rate=1e-3),
     Case("apo_zero", 0.5, lora=True, accumulation=2, learning_rate=1e-2),
     Case("sppo_hard", 0.3, lora=False, accumulation=2, learning_rate=1e-3),
+    Case("sigmoid", 0.5, lora=False, accumulation=2, learning_rate=1e-3, synced=(0.6, 3)),
     # sft is a mean over the tokens of the optimizer batch here, of the micro-batch there
     Case("sigmoid+sft", 0.2, lora=True, accumulation=1, learning_rate=1e-2, weights=(1.0, 0.3)),
 )
@@ -108,6 +112,7 @@ def options(case: Case, output_dir: Path) -> dict[str, Any]:
         "output_dir": str(output_dir),
         "loss_type": case.loss.split("+"),
         "loss_weights": None if case.weights is None else list(case.weights),
+        **(SYNCED if case.synced is None else dict(zip(SYNCED, (True, *case.synced), strict=True))),
         "beta": case.beta,
         "learning_rate": case.learning_rate,
         "optim": "adamw_torch",
