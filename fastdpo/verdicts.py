@@ -52,7 +52,8 @@ _WORKS = {
     "optimizer and schedule": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim "
     "optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm",
     "precision and device": "bf16 fp16 tf32 use_cpu torch_compile torch_compile_backend torch_compile_mode",
-    "several processes": "ddp_backend ddp_timeout",
+    # parameters that no process has a gradient for are always found
+    "several processes": "ddp_backend ddp_timeout ddp_find_unused_parameters",
     "reproducibility": "seed data_seed full_determinism",
     "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end "
     "metric_for_best_model greater_is_better",
@@ -65,7 +66,7 @@ _WORKS = {
 }
 
 # What these ask for is always so, whatever their value: understood by name, kept nowhere.
-_ALWAYS = ("padding_free", "ddp_find_unused_parameters")
+_ALWAYS = ("padding_free",)
 
 # Old name -> (its value that changes nothing, the present name, old value -> present value or None: the value stays).
 _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {

@@ -158,7 +158,7 @@ def test_help_lists_each_option_that_works_with_its_default_under_a_topic():
     listed = set(re.findall(r"^  --(\w+)", text, re.MULTILINE)) | {"model_name_or_path", "dataset_name"}
     fields = {field.name for field in dataclasses.fields(DPOConfig)}
     works = {name for name, verdict in VERDICTS.items() if verdict.kind == "works" and name in fields}
-    assert works - listed == set() and "sync_ref_model" not in listed
+    assert works - listed == set() and "push_to_hub" not in listed
     entries = re.split(r"^  --", text.split("preference loss:")[0].split("\nmodel:")[1], flags=re.MULTILINE)[1:]
     assert all("(default:" in " ".join(entry.split()) for entry in entries)
     for topic in {verdict.topic for verdict in VERDICTS.values()} - {""}:
@@ -192,7 +192,7 @@ def test_a_dataset_with_splits_serves_for_evaluation_and_a_file_does_not(trained
     [
         (["--beta", "0"], "fastdpo: error: beta must be above 0, got 0.0."),
         (["--loss_type", "hnge"], "fastdpo: error: unknown loss 'hnge', there are sigmoid, "),
-        (["--sync_ref_model"], "fastdpo: error: sync_ref_model=True is not available yet"),
+        (["--push_to_hub"], "fastdpo: error: push_to_hub=True is not available yet"),
         (["--past_index", "2"], "fastdpo: error: past_index=2 is not supported"),
         (["--do_predict"], "fastdpo: error: do_predict has no meaning here"),
         (["--do_eval"], "fastdpo: error: do_eval needs a time to evaluate"),
