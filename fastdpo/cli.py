@@ -1,4 +1,4 @@
-"""The command line: `fastdpo train`, `fastdpo plan`, `fastdpo reference`, `fastdpo doctor`, `fastdpo demo`.
+"""The command line: `fastdpo train`, `plan`, `reference`, `merge`, `doctor` and `demo`.
 
 Every field of DPOConfig is an option of `fastdpo train`, written as `--flag`, `--flag true` or `--no_flag`, as a list
 of words, or as JSON for a dict. A YAML file given with `--config` holds the same options: its lines become arguments
@@ -38,13 +38,13 @@ _MOST_BYTES = 2**42  # 4 TiB: more than any card has, and less than bytes that a
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    commands = {"train": train, "plan": plan, "reference": reference, "doctor": doctor, "demo": demo}
+    commands = {"train": train, "plan": plan, "reference": reference, "merge": merge, "doctor": doctor, "demo": demo}
     parser = argparse.ArgumentParser(
         prog="fastdpo",
         description="Train language models from preference pairs.",
         epilog="train: a model and a file of pairs; plan: where its memory would go; reference: its reference "
-        "log-probs alone; doctor: what this machine can do; demo: the whole way in a few minutes, without GPU or "
-        "network. `fastdpo train --help` lists the options.",
+        "log-probs alone; merge: an adapter into its base; doctor: what this machine can do; demo: the whole way in a "
+        "few minutes, without GPU or network. `fastdpo train --help` lists the options.",
     )
     parser.add_argument("--version", action="version", version=_version("fastdpo"))
     parser.add_argument("command", choices=commands)
@@ -71,6 +71,39 @@ def plan(argv: list[str]) -> int:
 def reference(argv: list[str]) -> int:
     """Computes reference log-probs alone and writes, or adds to, a file that `ref_log_probs` reads."""
     return _run(_reference, *parse_training(training_parser("reference"), argv))
+
+
+def merge(argv: list[str]) -> int:
+    """Merges an adapter into its base, dequantised where it is quantised, and writes the model."""
+    parser = _Parser(prog="fastdpo merge", description="Merge an adapter into its base and write the model.")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="what training with adapters wrote")
+    parser.add_argument("--output_dir", required=True, metavar="DIR", help="where the merged model goes")
+    parser.add_argument("--model", help="the base (default: the one that the adapter names)")
+    parser.add_argument("--model_revision", default="main", help="of the base (default: main)")
+    parser.add_argument("--dtype", default="bfloat16", help="of what is written (default: bfloat16)")
+    parser.add_argument("--load_in_4bit", action="store_true", help="the adapter was trained over 4-bit weights")
+    parser.add_argument("--load_in_8bit", action="store_true", help="the adapter was trained over 8-bit weights")
+    parser.add_argument("--bnb_4bit_quant_type", default="nf4", help="of the 4-bit weights (default: nf4)")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    parser.add_argument(
+        "--use_cpu", action="store_true", help="merge on the CPU (default: the GPU, where there is one)"
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    inputs = parser.parse_args(argv)
+    taken = ("adapter", "output_dir", "model", "traceback")
+    return _run(_merge, inputs, {name: value for name, value in vars(inputs).items() if name not in taken})
+
+
+def _merge(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
+    from fastdpo.config import DPOConfig
+    from fastdpo.merge import merge as write_merged
+    from fastdpo.messages import show_messages
+
+    show_messages()
+    if not options["load_in_4bit"]:
+        del options["bnb_4bit_quant_type"]  # DPOConfig refuses it where nothing is quantised to 4 bits
+    config = DPOConfig(output_dir=inputs.output_dir, report_to="none", **options)
+    write_merged(inputs.adapter, inputs.output_dir, inputs.model, config)
 
 
 def _run(command: Callable[..., int | None], inputs: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -111,9 +144,11 @@ def _train(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
     result = fastdpo.train(
         inputs.model, train_dataset, eval_dataset=eval_dataset, ref_model=inputs.ref_model, args=config
     )
-    print(f"model saved to {config.output_dir}")
-    for name, value in result.metrics.items():
-        print(f"{name:28} {value:.6g}" if isinstance(value, float) else f"{name:28} {value}")
+    if result.trainer.is_world_process_zero():
+        print(f"model saved to {config.output_dir}")
+        for name, value in result.metrics.items():
+            print(f"{name:28} {value:.6g}" if isinstance(value, float) else f"{name:28} {value}")
+    result.trainer.accelerator.end_training()  # leaves the other processes
 
 
 def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
@@ -168,17 +203,17 @@ def _config_for(device: "Device", options: dict[str, Any]) -> "DPOConfig":
     from fastdpo.config import DPOConfig
 
     options = dict(options)
-    of_gpu = [name for name in ("fp16", "activation_offloading") if options.get(name)]
+    of_gpu = [name for name in ("fp16", "activation_offloading", "memory") if options.get(name)]
     if options.get("bf16") and "fp16" in of_gpu:
         of_gpu.remove("fp16")  # refused, as anywhere
-    for name in of_gpu:
-        del options[name]
+    taken = {name: options.pop(name) for name in of_gpu}
     has_bf16 = isinstance(device.arch, str) or device.arch >= 80
     options.setdefault("bf16", has_bf16 and "fp16" not in of_gpu)
     config = DPOConfig(**options)
-    for name in of_gpu:
-        setattr(config, name, True)
+    for name, value in taken.items():
+        setattr(config, name, value)
     config.gradient_checkpointing |= config.activation_offloading
+    config.check_checkpointing()
     return config
 
 
