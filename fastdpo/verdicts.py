@@ -185,6 +185,19 @@ CHOICES = {
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free", "adamw_torch_xla", "adamw_torch_npu")
 CHOICES["optim"] = tuple(name for name in CHOICES["optim"] if not name.startswith(REFUSED_OPTIMIZERS))
 
+# (parts of names, the module that these optimizers are in, its package)
+OPTIMIZER_PACKAGES = (
+    (("bnb", "paged", "lion", "ademamix", "adamw_8bit"), "bitsandbytes", "bitsandbytes"),
+    (("adamw_torch_4bit", "adamw_torch_8bit"), "torchao", "torchao"),
+    (("stable_adamw",), "optimi", "torch-optimi"),
+    (("grokadamw",), "grokadamw", "grokadamw"),
+    (("anyprecision",), "torchdistx", "torchdistx"),
+)
+
+# Of gradient_checkpointing_kwargs: torch's, and two that go by transformers' names for them
+CHECKPOINT_KWARGS = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+CHECKPOINT_KWARGS += ("every_n_layers", "offload")
+
 RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("beta discopop_tau learning_rate adam_epsilon num_train_epochs lora_alpha", "above 0", lambda value: value > 0),
     (
@@ -251,3 +264,22 @@ def present_names(options: Mapping[str, Any], fields: Iterable[str]) -> dict[str
         present[new] = values[value] if values else value
         logger.warning("%s is the old name of %s: %s=%r is used", name, new, new, present[new])
     return present
+
+
+def table() -> str:
+    """Every option and what becomes of it, in Markdown: the table of docs/migrate.md."""
+    lines = ["| option | here |", "|---|---|"]
+    for name, verdict in sorted(VERDICTS.items()):
+        words = {
+            "works": f"same name{f' ({verdict.topic})' if verdict.topic else ', always so'}",
+            "renamed": f"the old name of `{verdict.instead}`",
+            "launcher": f"{verdict.reason}: {verdict.instead}",
+            "not_yet": f"not available yet: {verdict.instead}",
+            "refused": f"refused: {verdict.reason}; {verdict.instead}",
+        }
+        lines.append(f"| `{name}` | {words[verdict.kind]} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -4,12 +4,15 @@ import dataclasses
 import enum
 import logging
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from fastdpo import verdicts
 from fastdpo.config import DPOConfig
 from fastdpo.losses import LOSSES
 from fastdpo.verdicts import VERDICTS
@@ -248,6 +251,31 @@ def test_a_bad_value_is_one_clear_error_in_the_constructor_and_when_assigned(opt
         assigned.validate()
 
 
+@pytest.mark.parametrize(
+    "optim, package",
+    [
+        ("adamw_torch_4bit", "torchao"),
+        ("adamw_torch_8bit", "torchao"),
+        ("stable_adamw", "torch-optimi"),
+        ("grokadamw", "grokadamw"),
+        ("adamw_anyprecision", "torchdistx"),
+        ("paged_lion_8bit", "bitsandbytes"),
+    ],
+)
+def test_an_optimizer_whose_package_is_missing_is_refused_before_the_model_is_read(
+    optim, package, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fastdpo.config.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"optim={optim!r} needs {package}, which is not installed: pip install"):
+        config(tmp_path, optim=optim).validate()
+
+
+def test_an_optimizer_of_torch_needs_no_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastdpo.config.find_spec", lambda name: None)
+    for optim in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"):
+        config(tmp_path, optim=optim).validate()
+
+
 def test_a_function_in_loss_type_is_taken_and_written_by_its_name(tmp_path):
     def mine(m, chosen, rejected, beta):
         return m.relu(beta * (rejected - chosen))
@@ -420,3 +448,16 @@ def test_an_output_dir_that_cannot_be_written_is_one_clear_error(tmp_path, caplo
     with caplog.at_level(logging.INFO, "fastdpo.config"):
         DPOConfig(str(tmp_path)).check_output_dir()
     assert "has files already" in caplog.text
+
+
+def test_the_table_of_the_docs_is_that_of_the_verdicts():
+    """`python -m fastdpo.verdicts` prints what belongs between the marks."""
+    page = (Path(__file__).parent.parent / "docs/migrate.md").read_text()
+    (found,) = re.findall(r"<!-- begin generated: python -m fastdpo.verdicts -->\n(.*)<!-- end gen", page, re.DOTALL)
+    assert found == verdicts.table()
+
+
+def test_the_table_of_the_docs_has_every_option_of_the_installed_trl():
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    table = verdicts.table()
+    assert [f.name for f in dataclasses.fields(trl.DPOConfig) if f"| `{f.name}` |" not in table] == []
