@@ -186,14 +186,14 @@ def distinct_rows(tables: Mapping[str, Dataset], layout: Layout) -> list[Row]:
     """One row of each key, longest first, so that the worst case comes first."""
     rows: dict[bytes, Row] = {}
     for name, table in tables.items():
-        for index, pair in enumerate(_pairs(table)):
+        for index, pair in enumerate(pairs_of_table(table)):
             key = row_key(pair)
             if key not in rows:
                 rows[key] = Row(key, name, table, index, layout.tokens(pair))
     return sorted(rows.values(), key=lambda row: -row.tokens)
 
 
-def _pairs(table: Dataset) -> Iterator[TokenPair]:
+def pairs_of_table(table: Dataset) -> Iterator[TokenPair]:
     """The rows of a table as slices of Arrow's flat values: no list per row."""
     for batch in table.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
         columns: list[Any] = [batch[column].combine_chunks() for column in ID_COLUMNS]  # type: ignore[index]

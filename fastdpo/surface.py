@@ -7,23 +7,28 @@ Legend: P pairs, R rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerState, trainer_pt_utils
+from transformers import TrainerControl, TrainerState, trainer_pt_utils
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PredictionOutput
 
 from fastdpo import build
 from fastdpo.batch import PreferenceBatch
 from fastdpo.config import DPOConfig
+from fastdpo.data import row_key
 from fastdpo.layout import Layout
 from fastdpo.loader import eval_loader, train_loader
 from fastdpo.model import Policy
 from fastdpo.ranks import Ranks
-from fastdpo.reference import NoReference, Reference
+from fastdpo.reference import NoReference, Reference, gather_rows
+from fastdpo.reference_cache import pairs_of_table
 from fastdpo.step import MeanReward
 from fastdpo_kernels.pair_loss import PairwiseLoss, pair_loss
 
@@ -39,7 +44,11 @@ class Surface:
     layout: Layout
     ranks: Ranks
     state: TrainerState
+    control: TrainerControl
     callback_handler: CallbackHandler
+    log: Callable[[dict[str, float]], None]
+    _evaluate_table: Callable[..., dict[str, float]]
+    _fused_blocks: Callable[[], AbstractContextManager[object]]
     processing_class: Any
     optimizer: Any
     train_dataset: build.Table | None
@@ -96,6 +105,25 @@ class Surface:
             raise ValueError(f"there are {len(named)} evaluation sets ({', '.join(named)}): name one")
         (table,) = named.values()
         return table
+
+    def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
+        """-> `predictions`: (N, 2) fp64 array of implicit rewards, chosen and rejected, a row of the dataset each as
+        far as its rows can be scored; `metrics`: those of an evaluation. Raises ValueError for a stream.
+        """
+        tables = build.build_eval_tables(test_dataset, self.processing_class, self.args, metric_key_prefix)
+        if len(tables) != 1 or isinstance(table := tables.get(metric_key_prefix), IterableDataset):
+            raise ValueError("predict takes one table of rows, not several and no stream: call it for each")
+        (table,) = build.check_fit(self.policy, None, tables, self.processing_class, self.args).values()
+        rewards: dict[bytes, Tensor] = {}
+        with self._fused_blocks():
+            metrics = self._evaluate_table(metric_key_prefix, table, rewards)
+        own = torch.stack(list(rewards.values())) if rewards else torch.empty(0, 2)  # of a share without pairs
+        keys, values = gather_rows(self.ranks, list(rewards), own.cpu().double())
+        place = {key: index for index, key in enumerate(keys)}
+        order = [place[row_key(pair)] for pair in pairs_of_table(table)]  # type: ignore[arg-type]
+        self.log(metrics)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(values[order].numpy(), None, metrics)
 
     def null_ref_context(self) -> AbstractContextManager[object]:
         """Within it the policy's model is its own reference: adapters off, or the frozen adapter on.

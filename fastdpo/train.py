@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
@@ -125,7 +126,7 @@ class DPOTrainer(Surface):
             self.loss = pairwise_loss(args)
             self.mean_reward = build.build_mean_reward(self.loss, args)
 
-            self._margins_checked = self._evaluate_at_end = self._warned_of_no_gradient = False
+            self._margins_checked = self._evaluate_at_end = False
             self._retry = Retry(self.ranks, dropout=self.policy.noisy)
             self._start_engine()
             self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
@@ -218,6 +219,8 @@ class DPOTrainer(Surface):
                 self._optimizer_step(batches)
                 self.state.global_step += 1
                 self.state.epoch = epoch + count / length
+                if args.sync_ref_model and self.state.global_step % args.ref_model_sync_steps == 0:
+                    self.reference.mix(args.ref_model_mixup_alpha)
                 self.control = handler.on_step_end(args, self.state, self.control)
                 self._log_evaluate_save()
                 if self.control.should_epoch_stop or self.control.should_training_stop:
@@ -346,14 +349,10 @@ class DPOTrainer(Surface):
         running = self._running
         norm = [] if running.grad_norm is None else [running.grad_norm]
         metrics, extra = running.sums.read(self.ranks, *norm)
+        first = running.logged_steps == 0
         running.logged(metrics.pop("loss"), self.state.global_step)
-        if extra == [0.0] and not self._warned_of_no_gradient:
-            self._warned_of_no_gradient = True
-            logger.warning(
-                "step %d: the gradient norm is exactly 0, so nothing trains: what requires a gradient has no part in the "
-                "log-probs, or the loss has no slope here",
-                self.state.global_step,
-            )
+        if extra == [0.0] and first:
+            logger.warning("the gradient norm is exactly 0: what is to train has no part in the log-probs")
         if not all(map(math.isfinite, [running.window_loss, *extra])):
             logger.warning("step %d: loss or gradient norm is not finite: the run diverged", self.state.global_step)
         row = {
@@ -397,7 +396,10 @@ class DPOTrainer(Surface):
             self.lr_scheduler.step(metrics[_best_key(self.args)])
         return metrics
 
-    def _evaluate_table(self, name: str, table: build.Table) -> dict[str, float]:
+    def _evaluate_table(
+        self, name: str, table: build.Table, rewards: dict[bytes, Tensor] | None = None
+    ) -> dict[str, float]:
+        """-> its metrics; into `rewards` goes the (2,) of each row of this process's share, by row key."""
         started = time.time()
         step, sums, pairs, count = self._preference_step(training=False), MetricSums(), 0, 0
         loader = eval_loader(table, self.layout, self.args, self.ranks)
@@ -408,12 +410,16 @@ class DPOTrainer(Surface):
 
         def add(whole: OptimizerBatch) -> None:
             nonlocal sums, pairs
-            window = copy.copy(sums)
-            for _, summed in step(whole.to(self.args.device, non_blocking=True)):
+            window, found = copy.copy(sums), []
+            for result, summed in step(whole.to(self.args.device, non_blocking=True)):
                 window.add(summed)
+                found.append(result.rewards)
             self.ranks.agree()
             sums = window  # counted once all of the batch is through
             pairs += whole.num_pairs
+            if rewards is not None:
+                keys = [key for batch in whole.microbatches for key in batch.keys]
+                rewards.update(zip(keys, torch.cat(found).unbind(0), strict=True))
 
         try:
             with torch.no_grad():

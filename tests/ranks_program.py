@@ -95,6 +95,14 @@ def running_mean(out: Path, count: int) -> dict[str, Any]:
     return summary(trainer, mean=(trainer.mean_reward.value, trainer.mean_reward.pairs))
 
 
+def predicted(out: Path, count: int) -> dict[str, Any]:
+    """Of a row alone, too, where some processes have none."""
+    trainer = trainer_of(out, count)
+    trainer.train()
+    found = [torch.from_numpy(trainer.predict(ROWS[:rows]).predictions) for rows in (1, 17)]
+    return summary(trainer, predictions=found)
+
+
 def token_mean(out: Path, count: int) -> dict[str, Any]:
     return run(out, count, rpo_alpha=0.5)
 
@@ -261,7 +269,7 @@ OUT_OF_MEMORY: dict[str, Callable[..., dict[str, Any]]] = {
 SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(lora_with_evaluation, matched, running_mean, token_mean, padded, a_last_batch_of_one_pair, stream),
+        *(lora_with_evaluation, matched, running_mean, predicted, token_mean, padded, a_last_batch_of_one_pair, stream),
         *(weights_that_differ_at_first, remembered, precomputed, best, noisy, a_pair_that_never_fits),
         gradients_that_only_some_have,
     )

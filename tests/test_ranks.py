@@ -116,6 +116,12 @@ def test_processes_compute_the_reference_ahead_together(count: int, found: Any, 
 
 
 @pytest.mark.parametrize("count", PROCESSES)
+def test_all_processes_predict_every_row_in_order(count: int, found: Any, alone: Any) -> None:
+    for result in found("predicted", count):
+        torch.testing.assert_close(result["predictions"], alone("predicted")["predictions"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
 def test_the_best_checkpoint_is_written_once_and_loaded_by_all(count: int, found: Any, alone: Any) -> None:
     expected = alone("best")
     assert expected["best"] == 1 and expected["saved"] == f"checkpoint-{expected['best']}"

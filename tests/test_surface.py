@@ -199,3 +199,19 @@ def test_batch_logps_are_sums_over_labels_that_are_no_padding() -> None:
     torch.testing.assert_close(padded_by_7, sums)
     with pytest.raises(ValueError, match=r"logits are \(2, 5, 11\) and labels \(2, 4\)"):
         surface.Surface.get_batch_logps(logits, labels[:, 1:])
+
+
+@pytest.mark.parametrize("budget", [60, 10_000])
+def test_predict_gives_the_rewards_of_each_row_in_order(budget: int, rows, tokenizer, quick) -> None:
+    quick |= {"learning_rate": 1e-2, "per_device_eval_batch_size": 7, "max_tokens_per_microbatch": budget}
+    trainer = trainer_of(rows, tokenizer, quick)
+    trainer.train()
+    found = trainer.predict(rows + rows[:3])
+    assert found.predictions.shape == (27, 2) and (found.predictions[:3] == found.predictions[24:]).all()
+    for index in (0, 5, 23):
+        alone = trainer.evaluate([rows[index]])
+        expected = [alone["eval_rewards/chosen"], alone["eval_rewards/rejected"]]
+        assert found.predictions[index] == pytest.approx(expected, abs=1e-5)
+    assert found.metrics["test_rewards/chosen"] == pytest.approx(found.predictions[:, 0].mean(), abs=1e-6)
+    with pytest.raises(ValueError, match="one table of rows"):
+        trainer.predict({"a": rows, "b": rows})
