@@ -10,16 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastdpo
 
-BETA, STEPS = 0.1, 8
 ROWS = [("Is 7 a prime? ", "Yes.", "No way!"), ("Is 8 a prime? ", "It is not.", "Yes."), ("2 + 2 = ", "4", "five")]
 
 
 def encode(prompt: str, answer: str, length: int = 32) -> tuple[torch.Tensor, ...]:
-    """-> ids, mask and labels, (length,); only the answer is scored."""
-    ids = [*prompt.encode(), *answer.encode(), 0]
-    labels = [-100] * len(prompt.encode()) + ids[len(prompt.encode()) :]
-    rest = length - len(ids)
-    return tuple(map(torch.tensor, (ids + [0] * rest, [1] * len(ids) + [0] * rest, labels + [-100] * rest)))
+    """-> ids, mask and labels, (length,); only the answer and the 0 that ends it are scored."""
+    ids, place = torch.tensor([*(prompt + answer).ljust(length, "\0").encode()]), torch.arange(length)
+    mask = place <= len(prompt + answer)
+    return ids, mask.long(), ids.where(mask & (place >= len(prompt)), -100)
 
 
 def main() -> list[float]:
@@ -28,15 +26,15 @@ def main() -> list[float]:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape))
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     fastdpo.patch(model)
-    sides = [encode(prompt, chosen) for prompt, chosen, _ in ROWS] + [encode(prompt, bad) for prompt, _, bad in ROWS]
+    sides = [encode(row[0], row[side]) for side in (1, 2) for row in ROWS]
     batch = [torch.stack(column) for column in zip(*sides, strict=True)]  # chosen rows, then rejected ones
     with torch.no_grad(), model.disable_adapter():
         reference = fastdpo.token_logps(model, *batch).sum(-1)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     losses = []
-    for step in range(STEPS):
+    for step in range(8):
         chosen, rejected = (fastdpo.token_logps(model, *batch).sum(-1) - reference).chunk(2)
-        loss = -logsigmoid(BETA * (chosen - rejected)).mean()
+        loss = -logsigmoid(0.1 * (chosen - rejected)).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

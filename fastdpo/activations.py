@@ -3,7 +3,7 @@
 The model is copied with as few blocks as show what each kind of block adds, its tensors replaced by fakes that have
 shapes and no storage. The copy runs forward and backward in the code of a real run, with the attention kernels of the
 card that is asked about, while every storage that the model's operations make is followed from its birth to its death:
-its bytes are those of a real run, to the byte. Batches of several sizes give a curve. It takes a few seconds for 8B
+its bytes are those of a real run, to the byte. Batches of several sizes give a curve. It takes some seconds for 8B
 parameters, and neither a GPU nor weights.
 
 Between the sizes the curve is a little high. A peak is the largest of many moments, each a line in the tokens: those
@@ -46,9 +46,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo.attention import CannotPack, packed_calls
 from fastdpo.attention_backends import Facts, pretend
-from fastdpo.batch import Pair, PreferenceBatch, pack, pad
+from fastdpo.batch import PreferenceBatch
 from fastdpo.data import TokenPair
-from fastdpo.layout import declared_windows
+from fastdpo.layout import Layout, declared_windows
 from fastdpo.model import Policy, backbone, base_model, checkpointing, input_embedding, output_head, without_dropout
 from fastdpo.offload import HostCopies
 from fastdpo.patching import patched
@@ -57,9 +57,10 @@ from fastdpo.quantized import is_quantized
 from fastdpo_kernels import glu, launch, lora, rms_norm, rope
 
 ALIGNMENT = 512  # bytes: torch's CUDA allocator rounds every block up to it
-# Micro-batches of 1, STEP, STEP^2 and so on pairs are run. In 8B parameters that train in full, the last moment to take
-# the lead does so at some 20,000 tokens: sizes go on to FAR. Attention segment by segment takes too long for that: FEW.
-STEP, FAR, FEW = 4, 32768, 16
+# Micro-batches of UNIT, STEP * UNIT, STEP^2 * UNIT and so on tokens are run, whatever the length of the run's pairs: so
+# what is said to fit does not depend on it. In 8B parameters that train in full, the last moment to take the lead does
+# so at some 20,000 tokens: sizes go on to FAR. Attention segment by segment takes too long for that: FEW pairs.
+UNIT, STEP, FAR, FEW = 128, 4, 32768, 16
 SLOW = 20_000  # operations of one micro-batch, beyond which a line through two sizes has to do
 PATIENCE = 60  # seconds for all of them
 
@@ -118,33 +119,44 @@ class Measured:
 
 def measure_activations(
     policy: Policy,
-    pair: Pair,
+    pair: TokenPair,
     card: Facts,
     packed: bool,
     checkpoint: Mapping[str, Any] | None = None,
     fused: bool = False,
+    known: dict[Any, Measured] | None = None,
 ) -> Activations:
-    """What `policy`, on any device or none, keeps for micro-batches of pairs like this one on that card.
+    """What `policy`, on any device or none, keeps for micro-batches of pairs shaped like this one, the longest, on that
+    card.
 
-    checkpoint: the options of `checkpointing`, None without; fused: blocks run on our kernels. Raises ValueError for a
-    model that does not run on fake tensors, or not within PATIENCE seconds.
+    checkpoint: the options of `checkpointing`, None without; fused: blocks run on our kernels; known: micro-batches run
+    before, with the same arguments but for `checkpoint`. Raises ValueError for a model that does not run on fake
+    tensors, or not within PATIENCE seconds.
     """
     options = checkpoint or {}
     every = options.get("every_n_layers", 1)
-    kinds = block_kinds(base_model(policy.model), every)
-    run = partial(_run, policy, pair, card, checkpoint, time.monotonic() + PATIENCE, fused)
-    shown = _shown(kinds, every, options.get("offload", False))
-    unseen = [more for kind in kinds if (more := [index for index in kind if index not in shown])]
+    kinds = _kinds(base_model(policy.model), every)
+    kind_of = {index: kind for kind, members in kinds.items() for index in members}
+    shown = _shown(list(kinds.values()), every, options.get("offload", False))
+    unseen = [more for kind in kinds.values() if (more := [index for index in kind if index not in shown])]
+    known, deadline = {} if known is None else known, time.monotonic() + PATIENCE
+    how = repr(checkpoint and {**options, "every_n_layers": 1 if kinds else every})
 
-    one = run(shown, packed, 1)
-    sizes = _sizes(partial(run, shown, packed), one, _whole_parts(one.tokens) if fused else 0)
-    whole = np.array([size.bytes for size in sizes.values()])
+    def run(blocks: Sequence[int], pairs: Sequence[TokenPair]) -> Measured:
+        """Blocks of the same kinds, checkpointed alike, keep the same wherever they are in the model."""
+        key = how, *(kind_of[index] for index in blocks), *map(_lengths, pairs)
+        if key not in known:
+            known[key] = _run(policy, card, checkpoint, deadline, fused, blocks, packed, pairs)
+        return known[key]
+
+    sizes = _sizes(partial(run, shown), pair, packed, fused)
+    whole = np.array([size.bytes for _, size in sizes])
     for left_out in unseen:  # each adds what one more of its kind does
-        more = [run(sorted([*shown, left_out[0]]), packed, pairs).bytes for pairs in sizes]
-        whole += len(left_out) * (np.array(more) - [size.bytes for size in sizes.values()])
-    tokens = tuple(size.tokens for size in sizes.values())
+        more = [run(sorted([*shown, left_out[0]]), pairs).bytes for pairs, _ in sizes]
+        whole += len(left_out) * (np.array(more) - [size.bytes for _, size in sizes])
+    tokens = tuple(size.tokens for _, size in sizes)
     curves = [Curve(tokens, tuple(every)) for every in whole.T.tolist()]
-    return Activations(*curves, packed=packed, hidden_dtype=one.hidden_dtype)
+    return Activations(*curves, packed=packed, hidden_dtype=sizes[0][1].hidden_dtype)
 
 
 def takes_packed(policy: Policy, card: Facts) -> bool:
@@ -154,7 +166,7 @@ def takes_packed(policy: Policy, card: Facts) -> bool:
     model = base_model(policy.model)
     shown = _shown(block_kinds(model))
     try:
-        seen = _run(policy, PROBE, card, None, time.monotonic() + PATIENCE, False, shown, True, 1)
+        seen = _run(policy, card, None, time.monotonic() + PATIENCE, False, shown, True, [PROBE])
     except (CannotPack, ValueError):
         return False
     return seen.attention_calls == (len(shown) or _text_config(model).num_hidden_layers) and seen.windows_known
@@ -171,43 +183,85 @@ def _shown(kinds: list[list[int]], every: int = 1, offload: bool = False) -> lis
     return sorted(shown | ({last, last - last % every} if every > 1 and kinds else set()))
 
 
-def _whole_parts(tokens: int) -> int:
-    """Pairs of so many tokens from which on a fused MLP runs in parts."""
-    return -(-launch.MLP_ROWS // tokens)
+def _sizes(
+    run: Callable[[Sequence[TokenPair]], Measured], longest: TokenPair, packed: bool, fused: bool
+) -> list[tuple[Sequence[TokenPair], Measured]]:
+    """Pairs and what they keep, fewest tokens first: as many micro-batches as the curves through them need.
 
-
-def _sizes(run: Callable[[int], Measured], one: Measured, bend: int = 0) -> dict[int, Measured]:
-    """By the number of pairs, smallest first: as many micro-batches as the curves through them need. At `bend` pairs
-    they bend the other way.
+    Where attention is one call a layer, bytes go by tokens, and pairs of UNIT tokens stand for any. Elsewhere masks and
+    scores go by the square of a pair's length: pairs are as long as the run's, and its longest is one of the sizes.
     """
-    few = run(STEP)
-    if few.operations > SLOW:
-        return {1: one, STEP: few}
-    segment_by_segment = few.operations > one.operations
-    powers = max(1, math.ceil(math.log(FAR / one.tokens, STEP)))
-    pairs = [STEP**power for power in range(powers + 1) if not segment_by_segment or STEP**power <= FEW]
-    if STEP < bend < pairs[-1]:  # beyond it, sizes whose parts are as large as they get
-        pairs = [count for count in pairs if count < bend] + [bend, -(-pairs[-1] // bend) * bend]
-    last = run(pairs[-1])
-    chord = one.bytes + (last.bytes - one.bytes) * (few.tokens - one.tokens) / (last.tokens - one.tokens)
-    if np.allclose(chord, few.bytes, rtol=1e-4):  # rounding; what bends upwards and touches its chord is straight
-        return {1: one, pairs[-1]: last}
-    return {1: one, STEP: few, **{count: run(count) for count in pairs[2:-1]}, pairs[-1]: last}
+    unit = _resized(longest, UNIT, packed)
+    alike = packed and run([unit]).operations == run([unit] * STEP).operations
+    whole = unit if alike else longest
+    length = Layout(packed, "").tokens(whole)
+    slow = run([whole]).operations > SLOW
+    most = FAR if alike else min(FAR, length * (STEP if slow else FEW))
+    batches = [_pairs_of(whole, tokens, packed) for tokens in sorted({*_token_numbers(most, fused), length})]
+    first, second, last = (run(batches[place]) for place in (0, 1, -1))
+    chord = first.bytes + (last.bytes - first.bytes) * (second.tokens - first.tokens) / (last.tokens - first.tokens)
+    # but for rounding; what bends upwards and touches its chord is straight
+    if slow or np.allclose(chord, second.bytes, rtol=1e-4):
+        batches = [batches[0], batches[-1]]
+    return [(pairs, run(pairs)) for pairs in batches]
+
+
+def _token_numbers(most: int, fused: bool) -> list[int]:
+    """The same for every run. Fused MLPs run in parts, where their curve bends the other way: at whole ones."""
+    numbers = [UNIT]
+    while numbers[-1] * STEP <= most:
+        numbers.append(numbers[-1] * STEP)
+    part = launch.MLP_ROWS
+    if fused and part < numbers[-1]:
+        numbers = [number for number in numbers if number < part] + [part, -(-numbers[-1] // part) * part]
+    return numbers
+
+
+def _pairs_of(longest: TokenPair, tokens: int, packed: bool) -> list[TokenPair]:
+    """A pair of so many tokens, or as many of the longest as have no less."""
+    length = Layout(packed, "").tokens(longest)
+    return [_resized(longest, min(tokens, length), packed)] * -(-tokens // length)
+
+
+def _resized(pair: TokenPair, tokens: int, packed: bool) -> TokenPair:
+    """A pair of so many tokens in the layout, of the same shape."""
+    prompt, chosen, rejected = _lengths(pair)
+    if packed:
+        prompt = min(prompt * tokens // pair.length, tokens - 2)
+        chosen = min(max(1, chosen * tokens // pair.length), tokens - prompt - 1)
+        rejected = tokens - prompt - chosen
+    else:
+        width, row = prompt + max(chosen, rejected), tokens // 2
+        prompt = min(prompt * row // width, row - 1)
+        chosen, rejected = (
+            row - prompt if side == width - len(pair.prompt) else max(1, side * row // width)
+            for side in (chosen, rejected)
+        )
+    return TokenPair([1] * prompt, [1] * chosen, [1] * rejected)
+
+
+def _lengths(pair: TokenPair) -> tuple[int, int, int]:
+    return len(pair.prompt), len(pair.chosen), len(pair.rejected)
 
 
 def block_kinds(model: nn.Module, every: int = 1) -> list[list[int]]:
-    """Indices of the blocks, those together that have the same parameters and type, and checkpoint alike where one of
-    `every` does; none where they are not found.
+    """Indices of the blocks, those of a kind together; none where they are not found."""
+    return list(_kinds(model, every).values())
+
+
+def _kinds(model: nn.Module, every: int) -> dict[Any, list[int]]:
+    """Indices of the blocks by what they keep: those of a kind have the same parameters and type, and checkpoint alike
+    where one of `every` does.
     """
     blocks, config = _blocks(model), _text_config(model)
     if blocks is None:
-        return []
+        return {}
     types = getattr(config, "layer_types", None) or [""] * len(blocks)
     kinds: dict[Any, list[int]] = {}
     for index, block in enumerate(blocks):
         shapes = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters())
         kinds.setdefault((type(block), types[index], index % every == 0, shapes), []).append(index)
-    return list(kinds.values())
+    return kinds
 
 
 def _text_config(model: Any) -> Any:
@@ -222,16 +276,15 @@ def _blocks(model: Any) -> nn.ModuleList | None:
 
 def _run(
     policy: Policy,
-    pair: Pair,
     card: Facts,
     checkpoint: Mapping[str, Any] | None,
     deadline: float,
     fused: bool,
     blocks: Sequence[int],
     packed: bool,
-    pairs: int,
+    pairs: Sequence[TokenPair],
 ) -> Measured:
-    """These blocks of the policy on fake tensors, with so many pairs."""
+    """These blocks of the policy on fake tensors, with these pairs."""
     name = type(base_model(policy.model)).__name__
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         try:
@@ -244,10 +297,10 @@ def _run(
                 stack.enter_context(without_dropout(copied))
             if checkpoint is not None:
                 stack.enter_context(_checkpointing(copied, checkpoint, blocks))
-            batch = (pack if packed else pad)([pair] * pairs)
+            batch = Layout(packed, "").collate(pairs)
             if fused:
                 stack.enter_context(patched([copied.model]))
-                stack.enter_context(_torch_methods(batch.input_ids.numel() // pairs))
+                stack.enter_context(_torch_methods(batch.input_ids.numel() // len(pairs)))
             measured = measure_step(copied, batch, card, deadline)
             return replace(measured, bytes=measured.bytes + _scratch_bytes(fused_4bit))
         except (CannotPack, torch.OutOfMemoryError):
@@ -267,7 +320,7 @@ def _run(
 def _checkpointing(copied: Policy, options: Mapping[str, Any], blocks: Sequence[int]) -> Iterator[None]:
     """`checkpointing` of a copy that has these blocks of the model."""
     every = options.get("every_n_layers", 1)
-    with checkpointing(copied, options):  # raises where blocks cannot be told apart
+    with checkpointing(copied, {**options, "every_n_layers": min(every, 2)}):  # raises where blocks are not told apart
         pass
     with checkpointing(copied, {**options, "every_n_layers": 1}):
         own = [module for module in copied.checkpointed if isinstance(module, GradientCheckpointingLayer)]
@@ -282,7 +335,7 @@ def _torch_methods(tokens: int) -> Iterator[None]:
     are no smaller than a run's.
     """
     before = launch.MLP_ROWS, launch.block_method
-    launch.MLP_ROWS, launch.block_method = _whole_parts(tokens) * tokens, lambda *given: "torch"
+    launch.MLP_ROWS, launch.block_method = -(-launch.MLP_ROWS // tokens) * tokens, lambda *given: "torch"
     try:
         yield
     finally:

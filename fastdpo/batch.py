@@ -88,6 +88,12 @@ class PreferenceBatch(_TensorFields):
         return self._map(lambda tensor: tensor.pin_memory())
 
 
+class Share(list[PreferenceBatch]):
+    """The micro-batches of this process's share of an optimizer batch, as loaders give them."""
+
+    whole: int = 0  # a digest of all rows that were dealt, the same in every process
+
+
 @dataclass(frozen=True)
 class OptimizerBatch:
     """This process's share of an optimizer batch, and what all shares together count."""
@@ -96,6 +102,7 @@ class OptimizerBatch:
     num_pairs: int
     num_chosen_tokens: int
     num_tokens: int
+    shares: Sequence[int] = ()  # pairs of each process
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> OptimizerBatch:
         return replace(self, microbatches=[batch.to(device, non_blocking) for batch in self.microbatches])

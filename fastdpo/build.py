@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
@@ -29,7 +29,7 @@ from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, 
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
 from fastdpo.losses import find_loss, pairwise_loss, sees_mean_reward, sees_reference
-from fastdpo.memory import PairLengths, plan_run, runs_fused
+from fastdpo.memory import PairLengths, add_meta_adapters, meta_model, plan_run, runs_fused
 from fastdpo.metrics import RunFiles
 from fastdpo.model import (
     Policy,
@@ -41,12 +41,14 @@ from fastdpo.model import (
     learned_positions,
     load_model,
     load_model_config,
+    output_head,
     place,
     prepare_precision,
+    refuse_adapters,
     refuse_load_options,
 )
 from fastdpo.patching import PatchReport, patched
-from fastdpo.quantized import quantized_by, weights_report
+from fastdpo.quantized import misread_layers, quantization, quantized_by, refuse_initialisation, weights_report
 from fastdpo.ranks import Ranks, find_ranks
 from fastdpo.reference import NoReference, Reference, find_reference
 from fastdpo.reference_cache import remember
@@ -72,20 +74,17 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
             "ref_model out (the reference is then model as it is now), or give a copy"
         )
     check_asked(config.attn_implementation, config.device, compute_dtype(config))
+    quantization(config, compute_dtype(config))
     check_model(model, "model", config)
     if ref_model is not None:
         if not needs_reference(config):
             why = "reference_free=True" if config.reference_free else f"loss_type={loss_names(config)}"
             raise ValueError(f"ref_model is given, but with {why} it would never be looked at: leave it out")
         check_model(ref_model, "ref_model", config)
+    _check_reference_options(model, ref_model, config)
     if not isinstance(model, str):
         refuse_load_options(model, config)
-    prompts = [c for c in (peft_config, *getattr(model, "peft_config", {}).values()) if _is_refused_adapter(c)]
-    if prompts:
-        raise ValueError(
-            f"{type(prompts[0]).__name__} is not supported: it adds virtual tokens, which have no place in packed "
-            "pairs, or needs calls of its own between steps; use LoRA"
-        )
+    refuse_adapters([peft_config, *getattr(model, "peft_config", {}).values()])
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, expected a config of peft such as LoraConfig")
     of_lora = ["use_peft"] if config.use_peft else config.given_lora_options()
@@ -98,14 +97,60 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
         )
 
 
+def _check_reference_options(model: Any, ref_model: Any, config: DPOConfig) -> None:
+    if config.force_use_ref_model and ref_model is None:
+        raise ValueError("force_use_ref_model=True, and there is no ref_model: give one, or leave the option out")
+    if config.ref_model_init_kwargs and not isinstance(ref_model, str):
+        raise ValueError("ref_model_init_kwargs apply while ref_model loads: give ref_model by name or path")
+    if config.sync_ref_model and not needs_reference(config):
+        raise ValueError("sync_ref_model moves a reference, and with these options there is none: leave it out")
+    names = {name: getattr(config, name) for name in ("model_adapter_name", "ref_adapter_name")}
+    there = list(getattr(model, "peft_config", {}))
+    for option, name in names.items():
+        if name is not None and name not in there:
+            has = f"a PeftModel with the adapters {there}" if isinstance(model, PeftModel) else "no PeftModel"
+            raise ValueError(
+                f"{option}={name!r}, and model is {has}: load the adapter under that name (PeftModel.from_pretrained("
+                f"base, path, adapter_name={name!r}, is_trainable=True), model.load_adapter for a second one)"
+            )
+    if config.ref_adapter_name and ref_model is not None:
+        raise ValueError("ref_adapter_name and ref_model are two references: leave one out")
+    if config.ref_adapter_name and config.ref_adapter_name == (config.model_adapter_name or there[0]):
+        raise ValueError(
+            f"ref_adapter_name={config.ref_adapter_name!r} is the adapter that trains: load it a second time under "
+            "another name"
+        )
+
+
 def choose_adapters(model: Any, peft_config: Any, config: DPOConfig) -> None:
-    """LoRA on all linear layers where weights are quantised, which cannot train, and nothing else is asked for."""
-    if peft_config is not None or config.use_peft or isinstance(model, PeftModel):
-        return
+    """LoRA on all linear layers where weights are quantised, which cannot train, and nothing else is asked for.
+
+    Raises ValueError for LoRA that the model cannot have: of a model by its name before its weights load.
+    """
     quantized = config.quantizes or quantized_by(load_model_config(model, config) if isinstance(model, str) else model)
     if quantized:
+        refuse_initialisation(peft_config)
+    if quantized and peft_config is None and not config.use_peft and not isinstance(model, PeftModel):
         config.use_peft = True
-        logger.info("adapters: LoRA, as quantised weights do not train (lora_r, lora_target_modules and so on set it)")
+        logger.info(
+            "adapters: LoRA, as quantised weights do not train (%slora_r, lora_target_modules and so on set it)",
+            "" if config.quantizes else "use_peft=True with ",
+        )
+    if isinstance(model, str) and (config.use_peft or isinstance(peft_config, LoraConfig)):
+        _try_lora(model, peft_config, config)
+
+
+def _try_lora(name: str, peft_config: Any, config: DPOConfig) -> None:
+    """Puts adapters on the model without weights and looks at its head: what does not fit raises ValueError."""
+    try:
+        without = meta_model(load_model_config(name, config), config, torch.float32)
+        adapted = add_meta_adapters(without, peft_config, config)
+    except ValueError:
+        raise
+    except Exception as error:  # code that needs data, of a model or of peft: the loaded model will tell
+        logger.info("adapters: not tried before loading (%s: %s)", type(error).__name__, error)
+        return
+    output_head(base_model(adapted))
 
 
 def _share_parameters(model: Any, ref_model: Any) -> bool:
@@ -113,10 +158,6 @@ def _share_parameters(model: Any, ref_model: Any) -> bool:
         return False
     ours = {id(parameter) for parameter in model.parameters()} if isinstance(model, nn.Module) else set()
     return any(id(parameter) in ours for parameter in ref_model.parameters())
-
-
-def _is_refused_adapter(peft_config: Any) -> bool:
-    return getattr(peft_config, "is_prompt_learning", False) or getattr(peft_config, "peft_type", None) == "ADALORA"
 
 
 def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> Any:
@@ -166,7 +207,11 @@ def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig, prefix: st
 def build_policy(model: Model, peft_config: Any, config: DPOConfig, ranks: Ranks) -> Policy:
     """The model on its device: adapters added, trained weights in fp32, the same in every process."""
     adapters = peft_config is not None or config.use_peft
-    loaded = add_adapters(load_model(model, config, adapters), peft_config, config)
+    loaded: Any = add_adapters(load_model(model, config, adapters), peft_config, config)
+    if config.use_peft and (routers := loaded.active_peft_config.exclude_modules):
+        logger.info("adapters: on all linear layers but %d routers, such as %s", len(routers), next(iter(routers)))
+    if config.model_adapter_name:
+        loaded.set_adapter(config.model_adapter_name)
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     prepare_precision(loaded, autocast)
     ranks.equalise(place(loaded, config.device))
@@ -209,7 +254,9 @@ def build_reference(
         return NoReference()
     embedding = input_embedding(policy.model)
     probe = layout.collate(probe_pairs(embedding.weight.shape[0])).to(embedding.weight.device)
-    return find_reference(policy, ref_policy, probe, config.ld_alpha)
+    return find_reference(
+        policy, ref_policy, probe, config.ld_alpha, config.ref_adapter_name, synced=config.sync_ref_model
+    )
 
 
 def plan_batches(
@@ -228,18 +275,20 @@ def plan_batches(
             raise ValueError("memory='auto' plans for an NVIDIA GPU, and the run has none: leave it out")
         return
     lengths = PairLengths.of_tables([table for table in tables.values() if table is not None], config, layout.packed)
+    budget = 0
     try:
         plan = plan_run(policy, reference.policy, config, lengths, layout.packed)
+        budget = max(1, plan.token_budget)
+        for line in plan.lines():
+            logger.log(logging.INFO if plan.fits else logging.WARNING, "memory: %s", line)
     except (ValueError, CannotPack) as reason:
         if config.memory:
             raise ValueError(f"memory='auto' finds no plan ({reason}): leave it out") from reason
         without = "" if config.max_tokens_per_microbatch else "; until then micro-batches go by pairs"
         logger.warning("memory: %s%s", reason, without)
-        return
-    for line in plan.lines():
-        logger.log(logging.INFO if plan.fits else logging.WARNING, "memory: %s", line)
+    budget = min(theirs[0] for theirs in ranks.exchange("plan", [budget]))  # of the card with least room
     if config.max_tokens_per_microbatch is None:
-        config.max_tokens_per_microbatch = max(1, int(ranks.exchange([plan.token_budget]).min()))
+        config.max_tokens_per_microbatch = budget or None
 
 
 def remember_reference(
@@ -376,6 +425,14 @@ def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config
     return handler
 
 
+def _dropout_in_words(policy: Policy) -> str:
+    configs: Any = getattr(policy.model, "peft_config", {})
+    of_adapters = max((getattr(one, "lora_dropout", None) or 0.0 for one in configs.values()), default=0.0)
+    if policy.noisy or not of_adapters:
+        return "on" if policy.noisy else "off"
+    return f"off, lora_dropout={of_adapters:g} of the adapters included (disable_dropout=False turns it on)"
+
+
 @contextmanager
 def fused_blocks(policies: Sequence[Policy | None], config: DPOConfig) -> Iterator[list[PatchReport]]:
     """Within it the blocks of these policies' models run on our kernels, where `fused_kernels` has it so; -> what was
@@ -409,7 +466,15 @@ def describe(
     )
     if quantized := weights_report(policy):
         logger.info("base weights: %s", quantized)
-    logger.info("device: %s, matrix products in %s, dropout %s", device, products, "on" if policy.noisy else "off")
+    logger.info("device: %s, matrix products in %s, dropout %s", device, products, _dropout_in_words(policy))
+    if not fused and (misread := misread_layers(policy)):
+        logger.warning(
+            "bitsandbytes reads the 4-bit weights of %d layers wrongly on this CPU, such as %s, as their rows end "
+            "within a block of scales: set fused_kernels=True, which reads them right, or leave them in 16 bits "
+            "(llm_int8_skip_modules of quantization_config)",
+            len(misread),
+            misread[0],
+        )
     if ranks.count > 1:
         logger.info("processes: %d, each with the whole model; gradients are summed once a step", ranks.count)
     logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)

@@ -165,10 +165,10 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
     if not here and inputs.gpu is None and inputs.gpu_memory is None:
         raise ValueError(
             "there is no GPU here to plan for: give --gpu_memory, such as --gpu_memory 24GiB, or --gpu with a name out "
-            f"of {', '.join(launch.EXAMPLES)}."
+            f"of {', '.join(launch.CARDS)}."
         )
     name = inputs.gpu or "RTX 4090"
-    device = launch.device_of(torch.device("cuda")) if here else launch.EXAMPLES[name]
+    device = launch.device_of(torch.device("cuda")) if here else launch.CARDS[name]
     device = dataclasses.replace(device, memory_bytes=inputs.gpu_memory or device.memory_bytes)
     config = DPOConfig(**options) if here else _config_for(device, options)
     check_model(inputs.model, "model", config)
@@ -193,7 +193,8 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
         tables=tables,
     )
     if not here:
-        print(f"a card like the {name}, with {device.memory_bytes / 2**30:.4g} GiB:")
+        chip = f"a card like the {name}" if inputs.gpu else f"a card whose chip is taken for the {name}'s (--gpu)"
+        print(f"{chip}, with {device.memory_bytes / 2**30:.4g} GiB:")
     print("\n".join(made.lines()))
     return 0 if made.fits else 1
 
@@ -410,13 +411,13 @@ def _bytes(text: str) -> int:
 
 def _gpu(text: str) -> str:
     """A card whose numbers are known, by its name in whatever case, with or without spaces."""
-    from fastdpo_kernels.launch import EXAMPLES
+    from fastdpo_kernels.launch import CARDS
 
-    plain = {re.sub(r"[\s_-]", "", name).lower(): name for name in EXAMPLES}
+    plain = {re.sub(r"[\s_-]", "", name).lower(): name for name in CARDS}
     name = plain.get(re.sub(r"[\s_-]", "", text).lower())
     if name is None:
         raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(EXAMPLES)}, got {text!r}: for another card give --gpu_memory and the one that "
+            f"expected one of {', '.join(CARDS)}, got {text!r}: for another card give --gpu_memory and the one that "
             "is most like it"
         )
     return name

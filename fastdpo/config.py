@@ -25,8 +25,10 @@ import torch
 from transformers import TrainingArguments
 
 from fastdpo.verdicts import (
+    CHECKPOINT_KWARGS,
     CHOICES,
     ENUMS,
+    OPTIMIZER_PACKAGES,
     RANGES,
     REFUSED_OPTIMIZERS,
     VERDICTS,
@@ -248,6 +250,7 @@ class DPOConfig(TrainingArguments):
             setattr(self, name, value)
         self._normalise()
         self._check()
+        self._check_packages()
         self._validate_args()  # transformers' own, of strategies and steps
         self._check_devices()
 
@@ -429,25 +432,13 @@ class DPOConfig(TrainingArguments):
                 f"optim_args={self.optim_args!r} has no effect on optim={optimizer!r}: set adam_beta1, adam_beta2, "
                 "adam_epsilon and weight_decay instead."
             )
-        kwargs = self.gradient_checkpointing_kwargs
-        if isinstance(kwargs, dict) and kwargs.get("use_reentrant"):
-            raise ValueError(
-                "gradient_checkpointing_kwargs use_reentrant=True is not supported: packed attention needs the other "
-                "kind; set it to False."
-            )
-        if isinstance(kwargs, dict) and not (isinstance(every := kwargs.get("every_n_layers", 1), int) and every >= 1):
-            raise ValueError(
-                f"gradient_checkpointing_kwargs every_n_layers must be a whole number of at least 1, got {every!r}."
-            )
-        if self.memory not in (None, "auto"):
-            raise ValueError(f"memory={self.memory!r} is not known: leave it out, or set it to 'auto'.")
-        chosen = "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"
-        if self.memory and (given := [name for name in chosen if getattr(self, name)]):
-            raise ValueError(f"memory='auto' chooses {given[-1]}, which is given, too: leave one of them out.")
+        self.check_checkpointing()
         if self.activation_offloading and (self.use_cpu or not torch.cuda.is_available()):
             raise ValueError(
                 "activation_offloading=True moves activations from a GPU to the host, and there is none: leave it out."
             )
+        if self.memory and (self.use_cpu or not torch.cuda.is_available()):
+            raise ValueError("memory='auto' plans for an NVIDIA GPU, and there is none: leave it out.")
         compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if getattr(self, name)]
         if compiles and not self.torch_compile:
             raise ValueError(f"{compiles[0]}={getattr(self, compiles[0])!r} has no effect without torch_compile=True.")
@@ -462,6 +453,46 @@ class DPOConfig(TrainingArguments):
             raise ValueError(
                 "fp16=True needs a GPU, as its loss scaling is for GPU arithmetic: leave it out, or set bf16=True."
             )
+
+    def check_checkpointing(self) -> None:
+        """What `memory` and the options of gradient checkpointing ask for, on whatever device."""
+        if self.memory not in (None, "auto"):
+            raise ValueError(f"memory={self.memory!r} is not known: leave it out, or set it to 'auto'.")
+        chosen = "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"
+        if self.memory and (given := [name for name in chosen if getattr(self, name)]):
+            raise ValueError(f"memory='auto' chooses {given[-1]}, which is given, too: leave one of them out.")
+        kwargs: Any = self.gradient_checkpointing_kwargs or {}
+        for name in kwargs:
+            if name not in CHECKPOINT_KWARGS:
+                raise ValueError(
+                    f"gradient_checkpointing_kwargs has an unknown {name!r}, there are {', '.join(CHECKPOINT_KWARGS)}"
+                    f"{nearest(str(name), CHECKPOINT_KWARGS)}"
+                )
+        if kwargs.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs use_reentrant=True is not supported: packed attention needs the other "
+                "kind; set it to False."
+            )
+        every = kwargs.get("every_n_layers", 1)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs every_n_layers must be a whole number of at least 1, got {every!r}."
+            )
+        if every > 1 and not self.gradient_checkpointing:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs every_n_layers={every} has no effect without "
+                "gradient_checkpointing=True: set that, too."
+            )
+
+    def _check_packages(self) -> None:
+        """That the optimizer can be made, which is otherwise seen only when the model is there."""
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        for names, module, package in OPTIMIZER_PACKAGES:
+            if any(name in optimizer for name in names) and find_spec(module) is None:
+                raise ValueError(
+                    f"optim={optimizer!r} needs {package}, which is not installed: pip install {package}, or take "
+                    "another optim."
+                )
 
     def given_lora_options(self) -> list[str]:
         """The options of new LoRA adapters that are not at their default."""
@@ -492,6 +523,10 @@ class DPOConfig(TrainingArguments):
                 f"{launched} processes were launched, and this one trains on its own ({self.device}): set use_cpu=True "
                 "if they are to train together on CPUs, or start one."
             )
+        there = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if there and local > there:
+            raise ValueError(f"{local} processes were launched on {there} GPUs: start one a GPU.")
         for engine in ("FSDP", "DEEPSPEED"):
             if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("1", "true"):
                 raise ValueError(

@@ -25,6 +25,7 @@ from fastdpo.attention_backends import PACKABLE, Facts, Refused, choose
 from fastdpo.batch import PreferenceBatch, pack, pad
 from fastdpo.data import TokenPair
 from fastdpo.model import Policy, backbone, base_model, input_embedding
+from fastdpo.quantized import states_of_8_bits, without_outliers
 
 # Rounding of two right computations of a logit, relative to the largest one: a wrong mask or position moves a trained
 # model's log-probs by far more. fp64 as fp32: many families compute norms, rotations or softmax in fp32 anyway.
@@ -62,7 +63,8 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
     sharper = fp32 and autocast is not None and policy.asked_attention != "flash_attention_2"  # which takes no fp32
     policy.eval()
     try:
-        with torch.no_grad():
+        # what LLM.int8 takes for an outlier depends on all of a batch: a causal model would look like an encoder
+        with torch.no_grad(), without_outliers(policy):
             policy.autocast = None if sharper else autocast
             reason, seen = _try_layouts(policy, pairs, pad_token_id)
             policy.autocast = autocast
@@ -114,7 +116,10 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, fl
     precision = policy.autocast or min(
         (p.dtype for p in policy.parameters() if p.is_floating_point()), key=lambda d: d.itemsize
     )
-    return torch.cat(values), ROUNDING[precision] * largest
+    rounding = ROUNDING[precision]
+    if states_of_8_bits(policy):  # bitsandbytes takes fp16 inputs, and an input may round to the next of 127 values
+        rounding = max(rounding, ROUNDING[torch.float16])
+    return torch.cat(values), rounding * largest
 
 
 def _check_causal(policy: Policy, tokens: Tensor, logits: Tensor) -> None:

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fastdpo.batch import PreferenceBatch, deal, emptied, microbatches, pairs_of
+from fastdpo.batch import PreferenceBatch, Share, deal, emptied, microbatches, pairs_of
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths, row_key
 from fastdpo.layout import Layout
@@ -34,30 +35,36 @@ class Collate:
     layout: Layout
     max_pairs: int  # a micro-batch, without a token budget
     max_tokens: int | None
-    ranks: Ranks
+    rank: int = 0
+    processes: int = 1
     keyed: bool = True  # rows are named, so that their reference log-probs are remembered
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> list[PreferenceBatch]:
-        pairs = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows]
-        if self.ranks.count > 1:
-            share = deal([self.layout.tokens(pair) for pair in pairs], self.ranks.count)[self.ranks.rank]
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Share:
+        pairs, whole = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows], 0
+        if self.processes > 1:
+            whole = crc32(b"".join(map(row_key, pairs)))
+            share = deal([self.layout.tokens(pair) for pair in pairs], self.processes)[self.rank]
             pairs = [pairs[index] for index in share]
-        return self._grouped(pairs, [row_key(pair) for pair in pairs] if self.keyed else [])
+        grouped = self._grouped(pairs, [row_key(pair) for pair in pairs] if self.keyed else [])
+        grouped.whole = whole
+        return grouped
 
-    def regroup(self, batches: Sequence[PreferenceBatch], max_tokens: int) -> list[PreferenceBatch]:
-        """The same optimizer batch, on the CPU, in micro-batches by another budget."""
-        pairs = [TokenPair(*tokens) for batch in batches for tokens in pairs_of(batch)]
-        return replace(self, max_tokens=max_tokens)._grouped(pairs, [key for batch in batches for key in batch.keys])
+    def regroup(self, share: Share, max_tokens: int) -> Share:
+        """The same pairs, on the CPU, in micro-batches by another budget."""
+        pairs = [TokenPair(*tokens) for batch in share for tokens in pairs_of(batch)]
+        again = replace(self, max_tokens=max_tokens)._grouped(pairs, [key for batch in share for key in batch.keys])
+        again.whole = share.whole
+        return again
 
     def empty(self) -> PreferenceBatch:
         return emptied(self.layout.collate([TokenPair([0], [0], [0])]))
 
-    def _grouped(self, pairs: Sequence[TokenPair], keys: Sequence[bytes]) -> list[PreferenceBatch]:
+    def _grouped(self, pairs: Sequence[TokenPair], keys: Sequence[bytes]) -> Share:
         lengths = [self.layout.tokens(pair) for pair in pairs]
-        return [
+        return Share(
             self.layout.collate([pairs[i] for i in group], [keys[i] for i in group] if keys else [])
             for group in microbatches(lengths, self.max_pairs, self.max_tokens, padded=not self.layout.packed)
-        ]
+        )
 
 
 class EpochSampler(Sampler[int]):
@@ -94,14 +101,14 @@ def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOCo
         seed = config.seed if config.data_seed is None else config.data_seed
         sampler = EpochSampler(table, config.train_sampling_strategy, pairs, seed)
     keyed = isinstance(table, Dataset)  # a stream may never come back to a row
-    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config), ranks, keyed)
+    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config), ranks.rank, ranks.count, keyed)
     return _loader(table, sampler, pairs, collate, config, config.dataloader_drop_last)
 
 
 def eval_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig, ranks: Ranks) -> DataLoader:
     """Batches of per_device_eval_batch_size pairs a process, in order."""
     pairs = config.per_device_eval_batch_size
-    collate = Collate(layout, pairs, token_budget(config), ranks)
+    collate = Collate(layout, pairs, token_budget(config), ranks.rank, ranks.count)
     return _loader(table, None, pairs * ranks.count, collate, config, False)
 
 

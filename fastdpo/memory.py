@@ -14,6 +14,7 @@ Legend: T tokens of a micro-batch, N of them scored, D hidden size, V vocabulary
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
-from fastdpo.activations import Activations, measure_activations, takes_packed
+from fastdpo.activations import Activations, Measured, measure_activations, takes_packed
 from fastdpo.attention_backends import Facts, choose, device_facts
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths
@@ -45,6 +46,8 @@ from fastdpo.model import (
 )
 from fastdpo.quantized import is_quantized, quantization, quantized_by
 from fastdpo_kernels import launch
+
+logger = logging.getLogger(__name__)
 
 GiB, MiB = 2**30, 2**20
 
@@ -346,7 +349,7 @@ def plan_memory(
     if peft_config is None and (config.quantizes or quantized_by(model_config)):
         config.use_peft = True  # as a run sees to it
 
-    def plan_of(config: DPOConfig) -> Plan:
+    def plan_of(config: DPOConfig) -> tuple[Plan, DPOConfig]:
         policy = meta_policy(model_config, config, peft_config)
         facts = _facts_of_card(device, _products(policy))
         packed = takes_packed(policy, facts)
@@ -354,11 +357,15 @@ def plan_memory(
         reference = _reference_bytes(policy, ref_config, config)
         freed = bool(config.precompute_ref_log_probs or config.ref_log_probs)
         stays, ahead = (0, reference) if freed else (reference, 0)
-        plan = _plan(policy, config, longest, packed, facts, device, memory=memory, reference=stays, ahead=ahead)
-        return replace(plan, context=CONTEXT)
+        of_card = {"memory": memory, "reference": stays, "ahead": ahead, "context": CONTEXT, "known": {}}
+        return climb(
+            lambda config: _plan(policy, config, longest, packed, facts, device, **of_card), config, to_the_end=True
+        )
 
-    plan, config = climb(plan_of, config, to_the_end=True)
-    return plan if plan.fits else replace(plan, settings_to_change=tuple(_advice(plan, config, plan_of)))
+    plan, config = plan_of(config)
+    if plan.fits:
+        return plan
+    return replace(plan, settings_to_change=tuple(_advice(plan, config, lambda config: plan_of(config)[0])))
 
 
 def plan_run(
@@ -379,18 +386,20 @@ def plan_run(
     memory = free + torch.cuda.memory_reserved(device) - others
     facts, card = device_facts(device, policy.autocast or torch.float32), launch.device_of(device)
 
+    known: dict[Any, Measured] = {}
+
     def plan_of(config: DPOConfig) -> Plan:
-        return _plan(policy, config, lengths, packed, facts, card, memory=memory, reference=separate)
+        return _plan(policy, config, lengths, packed, facts, card, memory=memory, reference=separate, known=known)
 
     plan, chosen = climb(plan_of, config)
-    for name in _CHECKPOINT:
+    for name in ("memory", *_CHECKPOINT):
         setattr(config, name, getattr(chosen, name))
     return plan
 
 
 def climb(plan_of: Callable[[DPOConfig], Plan], config: DPOConfig, to_the_end: bool = False) -> tuple[Plan, DPOConfig]:
     """-> the plan, and the config that it is of: with memory="auto" the first of LADDER by which the longest pair fits,
-    or the last; otherwise `config` itself. `to_the_end`: what comes after it is planned, too, to be shown.
+    or the last, now chosen; otherwise `config` itself. `to_the_end`: what comes after it is planned, too, to be shown.
     """
     if config.memory != "auto":
         return plan_of(config), config
@@ -398,8 +407,10 @@ def climb(plan_of: Callable[[DPOConfig], Plan], config: DPOConfig, to_the_end: b
     lines, enough, reason = [], False, None
     for words, values in LADDER:
         tried = copy.copy(config)
+        tried.memory = None
         for name, value in zip(_CHECKPOINT, values, strict=True):
             setattr(tried, name, value)
+        logger.info("memory='auto' plans with %s", words)
         try:
             plan = plan_of(tried)
         except ValueError as failure:  # this model's blocks cannot be told apart, or not be checkpointed
@@ -427,12 +438,7 @@ def meta_policy(model_config: Any, config: DPOConfig, peft_config: Any = None) -
     """The policy as `build_policy` makes it, without a byte of weights."""
     adapters = peft_config is not None or config.use_peft
     compute = compute_dtype(config)
-    if hasattr(peft_config, "init_lora_weights"):  # PiSSA and its like decompose weights, which are not there
-        peft_config = copy.copy(peft_config)
-        peft_config.init_lora_weights = True
-    model: Any = meta_model(model_config, config, load_dtype(config, adapters))
-    with torch.device("meta"):
-        model = add_adapters(model, peft_config, config)
+    model: Any = add_meta_adapters(meta_model(model_config, config, load_dtype(config, adapters)), peft_config, config)
     autocast = None if compute == torch.float32 else compute
     prepare_precision(model, autocast)
     return Policy(model, autocast, noisy=not config.disable_dropout).train()
@@ -451,6 +457,15 @@ def meta_model(model_config: Any, config: DPOConfig, dtype: torch.dtype) -> nn.M
         if given := asked or getattr(model_config, "quantization_config", None):
             _quantize(model, AutoHfQuantizer.from_config(given, pre_quantized=False))
     return model
+
+
+def add_meta_adapters(model: Any, peft_config: Any, config: DPOConfig) -> Any:
+    """As `add_adapters`, on a model without weights; `peft_config` stays as it is."""
+    peft_config = copy.copy(peft_config)
+    if hasattr(peft_config, "init_lora_weights"):  # PiSSA and its like decompose weights, which are not there
+        peft_config.init_lora_weights = True
+    with torch.device("meta"):
+        return add_adapters(model, peft_config, config)
 
 
 def _quantize(model: Any, quantizer: Any) -> None:
@@ -474,7 +489,8 @@ def _quantize(model: Any, quantizer: Any) -> None:
             continue
         old: Any = module.weight
         blocks = -(-math.prod(shape) // old.blocksize)
-        state = QuantState(numbers(blocks), torch.Size(shape), numbers(16), old.blocksize, old.quant_type)
+        code, dtype = numbers(16), module.compute_dtype or torch.float32  # a dtype that DoRA's initial norms ask for
+        state = QuantState(numbers(blocks), torch.Size(shape), code, old.blocksize, old.quant_type, dtype)
         if old.compress_statistics:
             state.state2 = QuantState(numbers(-(-blocks // 256)), code=numbers(256), blocksize=256)
             state.absmax, state.offset, state.nested = torch.empty(blocks, dtype=torch.uint8), numbers(()), True
@@ -535,13 +551,15 @@ def _plan(
     *,
     memory: int,
     reference: int,
+    known: dict[Any, Measured],
     ahead: int = 0,
+    context: int = 0,
 ) -> Plan:
     compute = _products(policy)
     checkpoint = bool(config.gradient_checkpointing) or checkpoints_already(policy.model)
     options = config.checkpoint_options if checkpoint else None
     fused = runs_fused(config, device)
-    activations = measure_activations(policy, lengths.pair, facts, packed, options, fused)
+    activations = measure_activations(policy, lengths.pair, facts, packed, options, fused, known=known)
     trained = tensor_bytes(policy, trained=True)
     numbers = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     adapters = trained if isinstance(policy.model, PeftModel) else 0
@@ -558,7 +576,7 @@ def _plan(
         optimizer_states=states,
         update=4 * numbers if str(getattr(config.optim, "value", config.optim)) in _IN_LISTS else 0,
         products=_cublas_workspaces(device),
-        context=0,
+        context=context,
         slack=round(SLACK * memory),
         activations=activations,
         head=_head_memory(policy, activations.hidden_dtype, compute, device),

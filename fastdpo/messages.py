@@ -11,8 +11,9 @@ def show_messages(config: Any = None) -> None:
     package = logging.getLogger("fastdpo")
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
-    if getattr(config, "log_level", "passive") != "passive":
-        package.setLevel(config.get_process_log_level())
+    chosen = (getattr(config, "log_level", "passive"), getattr(config, "log_level_replica", "warning"))
+    if chosen[0] != "passive" or config is not None and not config.should_log and chosen[1] != "warning":
+        package.setLevel(config.get_process_log_level())  # type: ignore[union-attr]
     elif config is not None and not config.should_log and package.level < logging.ERROR:
         package.setLevel(logging.ERROR)  # of several processes the first one speaks
     if not package.handlers and not logging.getLogger().handlers:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,8 @@ from fastdpo_kernels.linear_logps import linear_logps
 
 logger = logging.getLogger(__name__)
 
+# Adapters that are more than modules of the model: they need a call between steps, or what PeftModel.forward sets.
+CALLED_ADAPTERS = ("ADALORA", "POLY", "SHADOW", "XLORA")
 CHECKPOINT = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what transformers' blocks read and call
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,6 +75,12 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
             f"{name} is a {type(source).__name__}, expected a name, a path, a PreTrainedModel or a PeftModel"
         )
     check_quantized(base, name)
+    merged = {one for part in source.modules() if isinstance(part, BaseTunerLayer) for one in part.merged_adapters}
+    if merged:
+        raise ValueError(
+            f"{name} has merged adapters ({', '.join(sorted(merged))}), which neither train nor turn off: call "
+            "unmerge_adapter() to go on training them, or give what merge_and_unload() returns"
+        )
     if base.config.is_encoder_decoder:
         raise ValueError(
             f"{type(base).__name__} is an encoder-decoder, which is not available yet: give a decoder-only model"
@@ -91,7 +99,7 @@ def load_model(
     if not isinstance(source, str):
         keep_unpacked(source)
         return source
-    more: Any = config.model_init_kwargs or {}
+    more: Any = (is_reference and config.ref_model_init_kwargs) or config.model_init_kwargs or {}
     options: dict[str, Any] = {"config": load_model_config(source, config), **_where(config), **more}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
@@ -173,6 +181,23 @@ def _is_causal(model_config: Any) -> bool:
     return remote or model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def refuse_adapters(peft_configs: Iterable[Any]) -> None:
+    """Raises ValueError for adapters that are more than modules of the model: pairs go through its backbone and not
+    through PeftModel.forward, so that some would silently not train.
+    """
+    for one in peft_configs:
+        kind = str(getattr(getattr(one, "peft_type", None), "value", ""))
+        if getattr(one, "is_prompt_learning", False):
+            why = f"{type(one).__name__} adds virtual tokens, which have no place in packed pairs"
+        elif getattr(one, "alora_invocation_tokens", None):
+            why = "alora_invocation_tokens (aLoRA) turns adapters on in PeftModel.forward, which is not called"
+        elif kind in CALLED_ADAPTERS:
+            why = f"{type(one).__name__} needs calls beside those of the model's modules, which are not made"
+        else:
+            continue
+        raise ValueError(f"{why}, so it is not supported: use plain LoRA")
+
+
 def refuse_load_options(source: Any, config: DPOConfig) -> None:
     defaults = DPOConfig.__dataclass_fields__
     names = ("model_revision", "trust_remote_code", "dtype", "attn_implementation", "model_init_kwargs", "rope_scaling")
@@ -196,23 +221,24 @@ def add_adapters(
         warnings.filterwarnings(
             "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
         )  # peft asks for it
-        peft_config = peft_config or _lora_config(config)
+        peft_config = peft_config or _lora_config(config, base_model(model))
         check_trained_whole(model, getattr(peft_config, "modules_to_save", None))
         adapted = get_peft_model(model, peft_config)
-    if getattr(adapted.active_peft_config, "is_prompt_learning", False):
-        raise ValueError(
-            f"{type(peft_config).__name__} adds virtual tokens, which packed pairs have no place for: use LoRA"
-        )
     return adapted  # type: ignore[return-value]
 
 
-def _lora_config(config: DPOConfig) -> LoraConfig:
+def _lora_config(config: DPOConfig, model: nn.Module) -> LoraConfig:
+    targets = _target_modules(config.lora_target_modules)
+    # a router that is a linear layer by its class gives several tensors, which LoRA cannot add to
+    named = model.named_modules() if targets == "all-linear" else ()
+    routers = [name for name, part in named if isinstance(part, nn.Linear) and "Router" in type(part).__name__]
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=_target_modules(config.lora_target_modules),
+        target_modules=targets,
+        exclude_modules=routers or None,
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -307,8 +333,8 @@ def _is_noise(attribute: str) -> bool:
 class Head:
     """The LM head as numbers: logits = softcap * tanh(scale * (W x + b) / softcap), x = inputs(h).
 
-    An adapter is not added to W: bf16 keeps no change of a weight that is 0.4% of it or less. It adds R columns instead,
-    x = [h, A h], and as many zeros where it is off, so that both ways are one product whose sums run in one order.
+    An adapter is not added to W: bf16 keeps no change of a weight that is 0.4% of it or less. It is R columns more,
+    x = [h, A h], and as many zeros in place of A h where it is off: one product either way, which sums in one order.
     """
 
     weight: Tensor  # (V, D), with adapters (V, D + R): [W, B]
@@ -356,17 +382,20 @@ def _factors(tuner: BaseTunerLayer) -> list[tuple[Tensor, Tensor]]:
     names = [name for name in tuner.active_adapters if not lora or name in layer.lora_A]
     if tuner.merged:
         if tuner.disable_adapters or set(tuner.merged_adapters) != set(names):
-            now = "off" if tuner.disable_adapters else f"{names}"
             raise ValueError(
-                f"adapters {tuner.merged_adapters} are merged into the LM head while those that are to count are {now}: "
-                "call model.unmerge_adapter() first"
+                f"the LM head's weight has the adapters {tuner.merged_adapters} merged into it, and those to apply now "
+                f"are {[] if tuner.disable_adapters else names}: call model.unmerge_adapter() first"
             )
         return []
-    if tuner.disable_adapters:
-        return [(0 * layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names] if lora else []
+    if tuner.disable_adapters and not lora:
+        return []
+    factors = []
     for name in names:
-        _check_plain(tuner, name)
-    return [(layer.scaling[name] * layer.lora_A[name].weight, layer.lora_B[name].weight) for name in names]
+        down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if not tuner.disable_adapters:
+            _check_plain(tuner, name)
+        factors.append((torch.zeros_like(down) if tuner.disable_adapters else layer.scaling[name] * down, up))
+    return factors
 
 
 def _check_plain(tuner: BaseTunerLayer, adapter: str) -> None:
@@ -476,6 +505,11 @@ def _every_nth(modules: list[Any], every: int, model: PreTrainedModel) -> list[A
     blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     if every > 1 and not blocks:
         raise ValueError(f"{type(model).__name__} checkpoints all of its blocks or none: leave every_n_layers out")
+    if every > max(1, len(blocks)):
+        raise ValueError(
+            f"every_n_layers={every} of {type(model).__name__}, which has {len(blocks)} blocks: give a number of at "
+            f"most {len(blocks)}"
+        )
     left_out = {id(block) for place, block in enumerate(blocks) if place % every}
     return [module for module in modules if id(module) not in left_out]
 

@@ -26,7 +26,7 @@ class HostCopies:
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.streams: dict[torch.device, _SideStream] = {}
         self.last: Callable[[], _Kept | None] = lambda: None
 
     def __call__(self, function: Callable[..., Any], hidden: Tensor, *inputs: Any, **options: Any) -> Any:
@@ -50,12 +50,30 @@ class HostCopies:
         self.last = weakref.ref(kept)
         return kept
 
-    def _side_stream(self, device: torch.device) -> torch.cuda.Stream | None:
+    def _side_stream(self, device: torch.device) -> _SideStream | None:
         if device.type != "cuda":
             return None
         if device not in self.streams:
-            self.streams[device] = torch.cuda.Stream(device)
+            self.streams[device] = _SideStream(device)
         return self.streams[device]
+
+
+class _SideStream:
+    """A device's stream of copies, beside the one that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def copy(self, to: Tensor, tensor: Tensor) -> Any:
+        """Starts the copy; -> what to wait for before `to` is read, or either is let go of."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # until `tensor` is made, and `to` is free
+        with torch.cuda.stream(self.stream):
+            to.copy_(tensor, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, copied: Any) -> None:
+        """Makes the stream that computes wait, not the host."""
+        torch.cuda.current_stream(self.device).wait_event(copied)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
@@ -73,18 +91,23 @@ class _Kept:
     All copies go over one stream, so a way back never overtakes the way there. Device memory belongs to the stream that
     computes, which waits for a copy before memory is let go of or read: so the allocator can give it out again at once,
     also while the host is many blocks ahead, and two inputs are on the device at a time, three while one comes back.
+    A pass that fails leaves copies under way: those are waited for when the graph goes.
     """
 
-    def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None, before: Callable[[], _Kept | None]) -> None:
+    def __init__(self, tensor: Tensor, stream: _SideStream | None, before: Callable[[], _Kept | None]) -> None:
         self.on_device: Tensor | None = tensor
         self.on_host: Tensor | None = None
         self.copied: Any = None  # an event of the stream: the last copy is through
         self.stream, self.before, self.device = stream, before, tensor.device
 
+    def __del__(self) -> None:
+        if self.on_device is not None:
+            self._wait()
+
     def send(self) -> None:
         """Starts the copy to the host."""
         if self.on_device is not None and self.on_host is None:
-            self.on_host = torch.empty_like(self.on_device, device="cpu", pin_memory=self.stream is not None)
+            self.on_host = torch.empty_like(self.on_device, device="cpu", pin_memory=self.device.type == "cuda")
             self._copy(self.on_host, self.on_device)
 
     def release(self) -> None:
@@ -102,15 +125,12 @@ class _Kept:
     def _copy(self, to: Tensor, tensor: Tensor) -> None:
         if self.stream is None:
             to.copy_(tensor)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # until `tensor` is made, and `to` is free
-        with torch.cuda.stream(self.stream):
-            to.copy_(tensor, non_blocking=True)
-            self.copied = self.stream.record_event()
+        else:
+            self.copied = self.stream.copy(to, tensor)
 
     def _wait(self) -> None:
-        if self.copied is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
+        if self.stream is not None and self.copied is not None:
+            self.stream.wait(self.copied)
 
     def take(self) -> Tensor:
         """The tensor, for the backward pass of its block; the one that will be wanted next is under way from then."""

@@ -6,10 +6,10 @@ adapters and modes from it at each call: copies compute with their own weights, 
 switched off. An attention forward is transformers' own code over a copy of its globals in which the rotary function is
 ours; it runs on a view of its module that answers for LoRA and 4-bit projections.
 
-Each kind of patched module compares itself at its first call with the unpatched one, on a few rows of its input, and
+Each class of patched modules compares itself at its first call with the unpatched one, on a few rows of its input, and
 raises where they differ by more than rounding: BOUNDS, relative to the largest entry. No gradient is recorded and no
 random number drawn for that, nothing of the model changes meanwhile, and no hook sees it: a module with hooks inside is
-left to the next of its kind.
+left to the next of its class. 4-bit layers that bitsandbytes itself reads wrongly have nothing to be compared with.
 
 Not supported: double backward and the transforms of torch.func. Both raise.
 
@@ -24,6 +24,7 @@ Legend: T tokens, D columns.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,12 +34,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import activations
+from transformers import PreTrainedModel, activations
 
 from fastdpo.architectures import FAMILIES, Block, Family, Gated, Left, Norm, Rotary
 from fastdpo.messages import show_messages
 from fastdpo.projections import bound_by_others, has_hooks, is_linear, projection, refusal, touched, wider, worth_it
-from fastdpo.quantized import keep_unpacked
+from fastdpo.quantized import keep_unpacked, misread_layers
 from fastdpo_kernels.glu import glu
 from fastdpo_kernels.lora import Projection, lora_linear, lora_mlp, lora_qkv
 from fastdpo_kernels.rms_norm import rms_norm
@@ -52,6 +53,8 @@ KINDS = ("rms_norm", "glu", "rope", "lora_qkv", "lora_mlp", "lora")
 BOUNDS = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 TF32_BOUND = 4e-3  # of fp32 products in TF32
 CHECKED_ROWS = 16
+
+_bound: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that have our forward, whatever has wrapped it since
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,15 @@ def patch(model: nn.Module) -> PatchReport:
     """Binds our forwards on the model's modules and says what it did; see the module docstring.
 
     Takes any transformers or peft model, before or after adapters are added, quantised or not. A family without a row
-    stays as it is, and the report says so. Patching twice changes nothing. bitsandbytes is kept from packing 4-bit
-    weights for the CPU, which makes later gradients wrong, and that stays after `unpatch`. Raises ValueError, before
-    anything changes, where a module or attribute that the family's row names is missing.
+    stays as it is but for modules of families that have one, and the report says so; it also names what stands where
+    the family has other modules. Patching twice changes nothing, and counts anew. Hooks on a module inside are heeded;
+    those on every module (torch's register_module_forward_hook) do not see layers that are fused. bitsandbytes is kept
+    from packing 4-bit weights for the CPU, which makes later gradients wrong, and that stays after `unpatch`. Raises
+    ValueError, before anything changes, where transformers has none of the classes or attributes that the model's row
+    names, and for weights that were packed already.
     """
-    report = _bind(model)
     show_messages()
+    report = _bind(model)
     logger.info("%s", report)
     return report
 
@@ -124,9 +130,18 @@ def _bind(model: nn.Module) -> PatchReport:
     _check_is_module(model)
     found = list(_pieces(model))
     families = tuple(dict.fromkeys(name for name, *_ in found))
+    whole = {_row(type(module)) for module in model.modules() if isinstance(module, PreTrainedModel)}
     for name in families:
-        _check_promises(name, FAMILIES[name], [module for row, _, module, _ in found if row == name], model)
+        if name in whole:
+            _check_promises(name, FAMILIES[name], [module for row, _, module, _ in found if row == name], model)
     keep_unpacked(model)
+    if misread := misread_layers(model):
+        logger.warning(
+            "bitsandbytes reads %d 4-bit layers wrongly on this CPU, such as %s: their rows end amid a block of "
+            "scales; fused ones are read right, others and the unpatched model's are not",
+            len(misread),
+            misread[0],
+        )
     checks, left, bound = _Checks(), _LeftAlone(), 0
     forwards: dict[tuple[type, Any], Callable] = {}
     for _, name, module, piece in found:
@@ -138,9 +153,9 @@ def _bind(model: nn.Module) -> PatchReport:
         if (key := (type(module), piece)) not in forwards:
             forwards[key] = _forward(type(module), piece, checks)
         vars(module)["forward"] = MethodType(forwards[key], module)
+        _bound.add(module)
         bound += 1
-    if not families:
-        left.add(f"{_family_name(model)} has no row in fastdpo.architectures: it trains unpatched", "")
+    _say_what_is_not_the_rows(model, families, whole, left)
     return PatchReport(families, _count(model, found, left), left.names, bound)
 
 
@@ -151,15 +166,22 @@ def unpatch(model: nn.Module) -> None:
     """
     _check_is_module(model)
     for name, module in model.named_modules():
-        for key, value in vars(module).items():
+        own = vars(module)
+        for key, value in own.items():
             if key != "forward" and _is_ours(value):
                 raise ValueError(
                     f"the patched forward of {name} ({type(module).__name__}) is now under {key!r}, as when accelerate "
                     "adds a hook: remove that first, then call unpatch again"
                 )
+        if module in _bound and "forward" in own and not _is_ours(own["forward"]):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) was given another forward after patch, which may call the patched "
+                "one: give it back the one that it had, then call unpatch again"
+            )
     for module in model.modules():
         if _is_ours(vars(module).get("forward")):
             del vars(module)["forward"]
+        _bound.discard(module)
 
 
 def is_patched(model: nn.Module) -> bool:
@@ -172,27 +194,61 @@ def is_patched(model: nn.Module) -> bool:
 def _pieces(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, Any]]:
     """-> the name of the row, of the module, the module, and what its class is in that row."""
     for name, module in model.named_modules():
-        path = type(module).__module__.split(".")
-        if path[:2] == ["transformers", "models"] and path[-1] == f"modeling_{path[2]}":
-            piece = FAMILIES[path[2]].classes.get(type(module).__name__) if path[2] in FAMILIES else None
-            if piece is not None:
-                yield path[2], name, module, piece
+        if (piece := _piece(type(module))) is not None:
+            yield _row(type(module)), name, module, piece
+
+
+def _row(cls: type) -> str:
+    """The row of the modeling file that a class comes from, "" where there is none."""
+    path = cls.__module__.split(".")
+    if path[:2] != ["transformers", "models"] or path[2:] != [path[-2], f"modeling_{path[-2]}"]:
+        return ""
+    return path[2] if path[2] in FAMILIES else ""
+
+
+def _piece(cls: type) -> Any:
+    row = _row(cls)
+    return FAMILIES[row].classes.get(cls.__name__) if row else None
 
 
 def _check_promises(row: str, family: Family, modules: list[nn.Module], model: nn.Module) -> None:
-    present = {type(module).__name__ for module in modules}
-    broken = sorted(family.classes.keys() - family.some - present)
-    for module in modules:
-        cls, piece = type(module), family.classes[type(module).__name__]
-        broken += [f"{cls.__name__}.{name}" for name in _attributes(piece) if not hasattr(module, name)]
-        if isinstance(piece, Block) and piece.rotary and not _calls(cls, piece.rotary.function):
-            broken.append(f"{cls.__name__}.forward calling {piece.rotary.function}")
+    there = vars(sys.modules[f"transformers.models.{row}.modeling_{row}"])
+    broken = sorted(family.classes.keys() - family.some - there.keys())
+    broken += [one for module in modules for one in _broken(type(module), module)]
     if broken:
         raise ValueError(
             f"the row {row!r} of fastdpo.architectures promises {', '.join(dict.fromkeys(broken))}, and this "
             f"{type(model).__name__} has none: its version of transformers is written otherwise; train unpatched, or "
             "correct the row"
         )
+
+
+def _broken(cls: type, module: nn.Module) -> list[str]:
+    """What its row says of a module that is not so."""
+    piece = _piece(cls)
+    broken = [f"{cls.__name__}.{name}" for name in _attributes(piece) if not hasattr(module, name)]
+    if isinstance(piece, Block) and piece.rotary and not _calls(cls, piece.rotary.function):
+        broken.append(f"{cls.__name__}.forward calling {piece.rotary.function}")
+    return broken
+
+
+def _say_what_is_not_the_rows(model: nn.Module, families: tuple[str, ...], whole: set[str], left: _LeftAlone) -> None:
+    """Puts the family itself, classes made from a row's, and those that a model has nothing of, among what is left."""
+    if not families:
+        left.add(f"{_family_name(model)} has no row in fastdpo.architectures: it trains unpatched", "")
+    for row in families:
+        if row not in whole:
+            left.add(f"{_family_name(model)} has no row in fastdpo.architectures: patched is what it has of {row}", "")
+    present: set[str] = set()
+    for name, module in model.named_modules():
+        known = next((one for one in type(module).__mro__ if _piece(one) is not None), None)
+        if known is not None:
+            present.add(known.__name__)
+            if known is not type(module):
+                left.add(f"{type(module).__name__} computes in its own way, not as {known.__name__}", name)
+    for family in (FAMILIES[row] for row in sorted(whole - {""})):
+        for absent in sorted(family.classes.keys() - family.some - present):
+            left.add(f"no {absent}: what stands in its place computes in its own way", "")
 
 
 def _attributes(piece: Any) -> tuple[str, ...]:
@@ -211,6 +267,8 @@ def _calls(cls: type, name: str) -> bool:
 def _why_not(module: nn.Module, piece: Any) -> str:
     if isinstance(piece, Left):
         return piece.why
+    if broken := _broken(type(module), module):
+        return f"no {broken[0]}"
     if bound_by_others(module):
         return "a forward bound by others"
     if isinstance(piece, Gated) and _activation(module, piece) is None:
@@ -271,8 +329,8 @@ def _norm_forward(cls: Any, piece: Norm, checks: _Checks) -> Callable:
         return rms_norm(x, weight, getattr(self, piece.eps), offset=piece.offset, round_first=piece.round_first)
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if checks.due("rms_norm", x, self):
-            checks.compare("rms_norm", cls, normed, cls.forward, self, _few_rows(x))
+        if checks.due("rms_norm", (cls,), x, self):
+            checks.compare("rms_norm", (cls,), normed, cls.forward, self, _few_rows(x))
         return normed(self, x)
 
     return forward
@@ -295,8 +353,9 @@ def _gated_forward(cls: Any, piece: Gated, checks: _Checks) -> Callable:
             return cls.forward(self, x)
         now = _projections(self, piece.projections, x) if len(piece.projections) == 3 else None
         kind, compute = ("glu", apart) if now is None else ("lora_mlp", fused)
-        if checks.due(kind, x, self):
-            checks.compare(kind, cls, compute, cls.forward, self, _few_rows(x))
+        what = (cls, activation, *_weights(now or ()))
+        if checks.due(kind, what, x, self):
+            checks.compare(kind, what, compute, cls.forward, self, _few_rows(x))
         if now is None:
             return apart(self, x)
         gate, up, down = now
@@ -326,6 +385,10 @@ def _projections(module: nn.Module, names: tuple[str, ...], x: Tensor) -> list[P
     return found
 
 
+def _weights(projections: Iterable[Projection]) -> tuple[type, ...]:
+    return tuple(type(one.weight) for one in projections)
+
+
 class _Projected:
     """A projection that runs fused where that is worth it, and otherwise as it does by itself."""
 
@@ -337,9 +400,10 @@ class _Projected:
             return self.together(x)
         if not worth_it(self.module) or (now := projection(self.module, x)) is None:
             return self.module(x)
-        if self.checks.due("lora", x, self.module):
+        cls, base = type(self.module), type(self.module._modules.get("base_layer"))
+        if self.checks.due("lora", (cls, base), x, self.module):
             fused: Callable = lambda module, x: lora_linear(x, projection(module, x))  # type: ignore[arg-type]  # noqa: E731
-            self.checks.compare("lora", type(self.module), fused, type(self.module).forward, self.module, _few_rows(x))
+            self.checks.compare("lora", (cls, base), fused, cls.forward, self.module, _few_rows(x))
         return lora_linear(x, now)
 
     def __getattr__(self, name: str) -> Any:
@@ -373,9 +437,10 @@ class _View:
             now = _projections(module, self._qkv, x) if worth else None
             if now is None:
                 return _Projected(getattr(module, name), self._checks)(x)
-            if self._checks.due("lora_qkv", x, module):
+            what = (type(module), *_weights(now))
+            if self._checks.due("lora_qkv", what, x, module):
                 fused: Callable = lambda module, x: lora_qkv(x, *_projections(module, self._qkv, x) or ())  # noqa: E731
-                self._checks.compare("lora_qkv", type(module), fused, self._apart, module, _few_rows(x))
+                self._checks.compare("lora_qkv", what, fused, self._apart, module, _few_rows(x))
             taken.update(zip((*self._qkv, "x"), (*lora_qkv(x, *now), x), strict=True))
         return taken.pop(name)
 
@@ -403,12 +468,12 @@ def _rotated(original: Callable, rotary: Rotary, checks: _Checks) -> Callable:
     def rotated(q: Tensor, k: Tensor, *table: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         if options:  # other arguments than the families of the table pass
             return original(q, k, *table, **options)
-        if checks.due("rope", q, None):
+        if checks.due("rope", (original,), q, None):
             few, length = [t[:1, :CHECKED_ROWS] for t in table], min(CHECKED_ROWS, q.shape[tokens])
             few_k = k[:1].narrow(tokens, 0, length)
             sliced = lambda function: lambda _, q: function(q, few_k, *few)  # noqa: E731
             few_q = q[:1].narrow(tokens, 0, length)
-            checks.compare("rope", original, sliced(ours), sliced(original), None, few_q)
+            checks.compare("rope", (original,), sliced(ours), sliced(original), None, few_q)
         return ours(q, k, *table)
 
     return rotated
@@ -438,38 +503,47 @@ def _few_rows(x: Tensor) -> Tensor:
 
 @dataclass
 class _Checks:
-    """Which kinds have been compared with the unpatched module; one a patched model, shared by its copies."""
+    """What has been compared with the unpatched module: kinds, and the class with what changes its arithmetic (`what`).
+    One a patched model, shared by its copies.
+    """
 
-    done: set[str] = field(default_factory=set)
+    done: set[tuple[str, tuple[Any, ...]]] = field(default_factory=set)
 
-    def due(self, kind: str, x: Tensor, module: nn.Module | None) -> bool:
-        if kind in self.done:
+    def due(self, kind: str, what: tuple[Any, ...], x: Tensor, module: nn.Module | None) -> bool:
+        if (kind, what) in self.done:
             return False
         inside = [] if module is None else [one for one in module.modules() if one is not module]
         if any(has_hooks(one) for one in inside):  # the user's, and peft's while a batch mixes adapters
             return False
-        return type(x) in (Tensor, nn.Parameter) and x.device.type != "meta" and x.numel() > 0  # no fake tensors
+        if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" or not x.numel():  # fake tensors
+            return False
+        if module is not None and misread_layers(module):  # theirs would be wrong
+            self.done.add((kind, what))
+            return False
+        return True
 
-    def compare(self, kind: str, what: Any, ours: Callable, theirs: Callable, module: Any, x: Tensor) -> None:
+    def compare(
+        self, kind: str, what: tuple[Any, ...], ours: Callable, theirs: Callable, module: Any, x: Tensor
+    ) -> None:
         """Raises RuntimeError where ours(module, x) is not theirs(module, x).
 
         Both are given a copy of the module in which no LoRA factor B is zero, as a new one is: its product would be
-        compared with nothing.
+        compared with nothing. Nor is a factor of lower precision than x, in which peft would multiply and we do not.
         """
         device = x.device.type
         autocast = torch.autocast(  # without its cache, which would keep the factors that are there for the comparison
             device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
         )
         with torch.no_grad(), autocast:
-            module = None if module is None else _twin(module)
+            module = None if module is None else _twin(module, x.dtype)
             with _same_random_numbers(x.device):
                 actual = ours(module, x)
             with _same_random_numbers(x.device):
                 expected = theirs(module, x)
         outputs = (actual, expected) if isinstance(actual, tuple) else ((actual,), (expected,))
         for one, other in zip(*outputs, strict=True):
-            _check_close(kind, what, x, one, other)
-        self.done.add(kind)
+            _check_close(kind, what[0], x, one, other)
+        self.done.add((kind, what))
 
 
 def rounding(device: str, dtypes: Iterable[torch.dtype]) -> float:
@@ -501,9 +575,9 @@ def _check_close(kind: str, what: Any, x: Tensor, actual: Tensor, expected: Tens
         )
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A copy, with what is inside, that shares all tensors but LoRA factors B. The model itself stays as it is: other
-    threads may be in it.
+def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy, with what is inside, that shares all tensors but LoRA factors B, and factors narrower than `dtype`. The
+    model itself stays as it is: other threads may be in it.
     """
     twin = object.__new__(type(module))
     own = vars(twin)
@@ -511,13 +585,14 @@ def _twin(module: nn.Module) -> nn.Module:
     if getattr(own.get("forward"), "__self__", None) is module:
         own["forward"] = MethodType(own["forward"].__func__, twin)
     own["_parameters"] = dict(module._parameters)
-    own["_modules"] = {name: None if one is None else _twin(one) for name, one in module._modules.items()}
-    factors = own["_modules"].get("lora_B")
-    for factor in factors._modules.values() if factors is not None else ():
-        if type(factor) is nn.Linear:
-            b = factor.weight
-            values = torch.linspace(-0.5, 0.5, b.numel(), device=b.device).view(b.shape).to(b.dtype)
-            factor._parameters["weight"] = nn.Parameter(values, requires_grad=False)
+    own["_modules"] = {name: None if one is None else _twin(one, dtype) for name, one in module._modules.items()}
+    for name in ("lora_A", "lora_B") if own["_modules"].get("lora_B") is not None else ():
+        for factor in twin._modules[name].children():  # type: ignore[union-attr]
+            if type(factor) is nn.Linear:
+                values, wide = factor.weight.detach(), torch.promote_types(factor.weight.dtype, dtype)
+                if name == "lora_B":
+                    values = torch.linspace(-0.5, 0.5, values.numel(), device=values.device).view(values.shape)
+                factor._parameters["weight"] = nn.Parameter(values.to(wide), requires_grad=False)
     return twin
 
 

@@ -86,7 +86,7 @@ def refusal(module: Any, training: bool) -> str:
     if kind not in ("dense", "4bit") or weight is None or kind == "4bit" and state is None:
         return f"{type(base).__name__} computes in its own way"
     if weight.requires_grad or bias is not None and bias.requires_grad:
-        return "weights that train"
+        return "weights that train" if base is not module else "weights that train: fused once frozen under adapters"
     if kind == "dense" and type(weight.data) not in (Tensor, FakeTensor):
         return f"weights are {type(weight.data).__name__}"
     if getattr(state, "packing_format_for_cpu", False):

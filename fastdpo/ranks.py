@@ -6,8 +6,10 @@ last backward, where a rank that runs out of memory would leave the others waiti
 that they are through, so that they can do the step again together. What that gives up is reducing beside the backward:
 2 * 4 bytes of traffic for each parameter that trains, once an optimizer step.
 
-Numbers that hosts exchange (counts, whether memory sufficed) go through gloo and wait for no device. Before anything
-else that ranks do together they `agree`, so that a rank that failed never leaves the others waiting.
+Numbers that hosts exchange (counts, whether memory sufficed) go through gloo and wait for no device; each says what it
+is for, so that ranks at different points of the run (a callback called `evaluate` on one alone) end with an error that
+says so. Within a step, what ranks do together on the device comes after an agreement that all are ready for it, and
+allocates nothing: a rank that runs out of memory never leaves the others waiting.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from torch import Tensor, nn
 
 from fastdpo.config import DPOConfig
 
+# What an exchange of numbers is for; all but gradients fill one line of WIDTH numbers.
+PURPOSES = ("memory", "batch", "gradients", "sizes", "flags", "plan", "wait")
+WIDTH = 8
 BUCKET_BYTES = 2**26  # of gradients that are summed in one call (unmeasured: large enough for a link's full rate)
 FITS = 2**62
 
@@ -48,20 +53,30 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def exchange(self, numbers: Sequence[int]) -> Tensor:
-        """-> (count, len(numbers)) int64 on the CPU: those of every rank, which all give equally many."""
-        mine = torch.tensor(numbers, dtype=torch.int64)
+    def exchange(self, purpose: str, numbers: Sequence[int] = ()) -> list[list[int]]:
+        """-> the numbers of every rank, which all give equally many: at most 7, but for gradients, before which ranks
+        agree. Raises RuntimeError where ranks are at different points of the run.
+        """
         if self.count == 1:
-            return mine[None]
+            return [list(numbers)]
+        line = [PURPOSES.index(purpose), *numbers]
+        mine = torch.tensor(line + [0] * (WIDTH - len(line)), dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(everyone, mine, group=self.hosts)
-        return torch.stack(everyone)
+        lines: list[list[int]] = torch.stack(everyone).tolist()
+        if len({theirs[0] for theirs in lines}) > 1:
+            at = ", ".join(f"{PURPOSES[theirs[0]]!r} in process {rank}" for rank, theirs in enumerate(lines))
+            raise RuntimeError(
+                f"the processes are at different points of the run (they exchange {at}): train, evaluate and predict "
+                "are called in all of them or in none, also from callbacks"
+            )
+        return [theirs[1 : len(line)] for theirs in lines]
 
     def agree(self, budget: int = FITS) -> int:
         """Each rank calls it at the same points, and one that ran out of memory in place of its next: `budget` is then
         the tokens a micro-batch to try next. -> the least of those. Raises RanOutElsewhere where only others did.
         """
-        least = int(self.exchange([budget]).min())
+        least = min(theirs[0] for theirs in self.exchange("memory", [budget]))
         if least < FITS and budget == FITS:
             raise RanOutElsewhere(least)
         return least
@@ -72,30 +87,44 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def gather(self, rows: Tensor) -> list[Tensor]:
-        """-> what every rank gave, in their order: (N, ...) with an N of its own."""
+    def gather(self, rows: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+        """-> what every rank gave, in their order: (N, ...) with an N of its own, `sizes` where it is known. Before the
+        transfer they agree.
+        """
         if self.count == 1:
             return [rows]
-        sizes: list[int] = self.exchange([len(rows)])[:, 0].tolist()
+        sizes = sizes or [theirs[0] for theirs in self.exchange("sizes", [len(rows)])]
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])
         padded[: len(rows)] = rows
         everyone = [torch.empty_like(padded) for _ in sizes]
+        self.agree()
         dist.all_gather(everyone, padded, group=None if rows.is_cuda else self.hosts)
         return [part[:size] for part, size in zip(everyone, sizes, strict=True)]
 
     @torch.no_grad()
     def equalise(self, module: nn.Module) -> None:
-        """Every parameter and buffer as the first rank has it."""
+        """Every parameter and buffer, with the scales of quantised ones, as the first rank has it."""
         if self.count == 1:
             return
-        for tensor in (*module.parameters(), *module.buffers()):
+        for tensor in (*module.parameters(), *module.buffers(), *_scales(module)):
             values = tensor.data.contiguous()
             dist.broadcast(values, src=0)
             tensor.data.copy_(values)
 
     def wait(self) -> None:
         """Until all ranks are here."""
-        self.exchange([])
+        self.exchange("wait")
+
+
+def _scales(module: nn.Module) -> list[Tensor]:
+    """What belongs to bitsandbytes' weights beside their elements."""
+    found: list[Any] = []
+    for parameter in module.parameters():
+        states = [getattr(parameter, "quant_state", None)]
+        states.append(getattr(states[0], "state2", None))
+        found += [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset")]
+        found.append(getattr(parameter, "SCB", None))
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 def find_ranks(config: DPOConfig) -> Ranks:
@@ -139,7 +168,8 @@ class GradientSum:
         if self.ranks.count == 1:
             return
         self.ranks.agree()
-        there = self.ranks.exchange([parameter.grad is not None for parameter in self.trained]).any(0).tolist()
+        present = self.ranks.exchange("gradients", [parameter.grad is not None for parameter in self.trained])
+        there = [any(theirs) for theirs in zip(*present, strict=True)]
         for parameter, somewhere in zip(self.trained, there, strict=True):
             if somewhere and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

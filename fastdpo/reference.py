@@ -67,6 +67,8 @@ class Reference:
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         """-> (P, 2) fp64: chosen, rejected."""
+        if not batch.num_pairs:
+            return torch.empty(0, 2, dtype=torch.float64, device=batch.input_ids.device)
         if self.memory.knows(batch):
             return self.memory.recall(batch.keys)
         logps = self.compute(batch)
@@ -426,6 +428,8 @@ def _freeze_adapter_copy(model: PeftModel) -> None:
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would change the base weights again
+    if hasattr(config, "bias"):
+        config.bias = "none"  # peft trains biases of the base with one adapter only; their copies are OutsideAdapters'
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model, adapter_name=active).items()}
     with _same_trained(model):
         if FROZEN_ADAPTER in model.peft_config:  # of an earlier trainer

@@ -129,7 +129,7 @@ def _fill(
     try:
         for group in computed(reference, missing[ranks.rank :: ranks.count], layout, config):
             done += group
-    except BaseException as error:  # an interrupted run goes on where it was
+    except BaseException as error:  # an interrupted run goes on where it was, as far as this process had come
         try:
             _keep(path, identity, reference, done, write=True)
         except Exception as failure:  # whatever it is, what interrupted the run is what to tell

@@ -62,10 +62,16 @@ class Retry:
     def _optimizer_batch(self, batches: Batches, loader: DataLoader) -> OptimizerBatch:
         """This process's micro-batches, as many as the process with most has, and what all have together."""
         counts = [sum(getattr(batch, name) for batch in batches) for name in COUNTS]
-        everyone = self.ranks.exchange([len(batches), *counts])
+        everyone = self.ranks.exchange("batch", [getattr(batches, "whole", 0), len(batches), *counts])
+        digests, most, *totals = zip(*everyone, strict=True)
+        if len(set(digests)) > 1:
+            raise ValueError(
+                "the processes read different rows: give all of them the same dataset in the same order (a shuffle or "
+                "a split needs a seed)"
+            )
         collate: Any = loader.collate_fn
-        empty = [collate.empty() for _ in range(int(everyone[:, 0].max()) - len(batches))]
-        return OptimizerBatch([*batches, *empty], *everyone[:, 1:].sum(0).tolist())
+        empty = [collate.empty() for _ in range(max(most) - len(batches))]
+        return OptimizerBatch([*batches, *empty], *map(sum, totals), shares=totals[0])
 
     def _fits(self, step: Callable[[OptimizerBatch], None], batches: Batches, whole: OptimizerBatch) -> bool:
         """False, with half the budget, where memory ran out; by then the error has let go of what was computed."""
@@ -82,7 +88,7 @@ class Retry:
             largest = max([batch.input_ids.numel() for batch in batches if batch.num_pairs > 1], default=0)
             budget = self.ranks.agree(largest // 2)
             if not largest:
-                longest = max(batch.input_ids.numel() for batch in batches)
+                longest = max(batch.input_ids.numel() for batch in whole.microbatches)
                 change = "set gradient_checkpointing=True or lower" if torch.is_grad_enabled() else "lower"
                 error.add_note(
                     f"fastdpo: a pair of {longest} tokens alone does not fit: {change} max_length; `fastdpo plan` says "
@@ -108,7 +114,9 @@ class Retry:
             return batches
         collate: Any = loader.collate_fn
         smaller = collate.regroup(batches, budget)
-        return [batch.pin_memory() for batch in smaller] if loader.pin_memory else smaller
+        if loader.pin_memory:
+            smaller[:] = [batch.pin_memory() for batch in smaller]
+        return smaller
 
 
 def collect_memory() -> None:

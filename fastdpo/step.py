@@ -110,17 +110,16 @@ class PreferenceStep:
     @torch.no_grad()
     def _look_ahead(self, whole: OptimizerBatch) -> list[Ahead]:
         refs = [self.reference(batch) for batch in whole.microbatches]
-        mine = torch.cat([self._pair_sums(self.policy(batch)[0], batch) for batch in whole.microbatches])
-        self.ranks.agree()
-        everyone = self.ranks.gather(mine)
-        logps, ref_logps = torch.cat(everyone), None
+        mine = [torch.cat([self._pair_sums(self.policy(batch)[0], batch) for batch in whole.microbatches])]
         if refs[0] is not None:
-            ref_logps = torch.cat(self.ranks.gather(torch.cat(refs)))  # type: ignore[arg-type]
+            mine.append(torch.cat(refs))  # type: ignore[arg-type]
+        everyone = torch.cat(self.ranks.gather(torch.cat(mine, 1), whole.shares))
+        logps, ref_logps = everyone[:, :2], None if refs[0] is None else everyone[:, 2:]
         if self._moves_mean:
             self._note_rewards(logps, ref_logps)
         if not self._matches_pairs:
             return [Ahead(ref, None) for ref in refs]
-        share = match_pairs(logps, ref_logps).split([len(part) for part in everyone])[self.ranks.rank]
+        share = match_pairs(logps, ref_logps).split(list(whole.shares))[self.ranks.rank]
         return [Ahead(*both) for both in zip(refs, share.split([b.num_pairs for b in whole.microbatches]), strict=True)]
 
     def _pair_sums(self, token_logps: Tensor, batch: PreferenceBatch) -> Tensor:

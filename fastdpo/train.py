@@ -48,6 +48,8 @@ from fastdpo_kernels.pair_loss import PairLoss
 
 logger = logging.getLogger(__name__)
 
+FLAGS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
+
 
 class DPOTrainer(Surface):
     """Trains `model` from preference pairs.
@@ -105,6 +107,7 @@ class DPOTrainer(Surface):
         reporters = build.find_reporters(args)
         args.check_output_dir()
         self.ranks = find_ranks(args)
+        args.disable_tqdm = args.disable_tqdm or not self.ranks.is_main
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
 
         self.processing_class = build.find_tokenizer(processing_class or tokenizer, model, args)  # type: ignore[arg-type]
@@ -202,8 +205,9 @@ class DPOTrainer(Surface):
                 self.evaluate()
             if args.load_best_model_at_end and self.state.best_model_checkpoint:
                 logger.info("loading the best model, from %s", self.state.best_model_checkpoint)
-                self.ranks.wait()  # until it is written
-                checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+                if self.ranks.is_main:  # which wrote it, perhaps where the others cannot read
+                    checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+                self.ranks.equalise(self.policy)
         return self._finish(time.time() - started)
 
     def _run_epochs(self, loader: DataLoader, steps: int) -> None:
@@ -222,6 +226,7 @@ class DPOTrainer(Surface):
                 if args.sync_ref_model and self.state.global_step % args.ref_model_sync_steps == 0:
                     self.reference.mix(args.ref_model_mixup_alpha)
                 self.control = handler.on_step_end(args, self.state, self.control)
+                self._agree_on_control()
                 self._log_evaluate_save()
                 if self.control.should_epoch_stop or self.control.should_training_stop:
                     break
@@ -230,6 +235,7 @@ class DPOTrainer(Surface):
                     "train_dataset gave no batch: it is empty, or smaller than one batch with dataloader_drop_last=True"
                 )
             self.control = handler.on_epoch_end(args, self.state, self.control)
+            self._agree_on_control()
             self._log_evaluate_save()
             self.reference.share(self.ranks, args.device)  # the next epoch deals rows otherwise
             epoch += 1
@@ -329,6 +335,12 @@ class DPOTrainer(Surface):
                 "between two forward passes (a hook, a cache, noise): find it first"
             )
         logger.warning("first log-ratios: up to %.1e instead of 0, rounding of other batches or kernels", largest)
+
+    def _agree_on_control(self) -> None:
+        """What a callback asks for in one process, such as one that looks at the clock, all do."""
+        asked = [getattr(self.control, flag) for flag in FLAGS]
+        for flag, theirs in zip(FLAGS, zip(*self.ranks.exchange("flags", asked), strict=True), strict=True):
+            setattr(self.control, flag, any(theirs))
 
     def _log_evaluate_save(self) -> None:
         if self.control.should_log and self._running.sums.sums is not None:
@@ -517,6 +529,7 @@ class DPOTrainer(Surface):
         Autocast and loss scaling are ours, not Accelerate's: its precision is fixed once a process.
         """
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
+        self.accelerator.gradient_accumulation_steps = 1  # which the environment may have set: losses are divided here
 
 
 def _refuse_hooks(data_collator: Any, compute_metrics: Any, preprocess_logits_for_metrics: Any) -> None:

@@ -113,7 +113,7 @@ def assert_saved_tensors_may_come_back_with_other_strides(
 ) -> None:
     """As from the host, where torch's save_on_cpu(pin_memory=True) and TRL's OffloadActivations pack them densely."""
     expected = run(compute, given, wanted)
-    for moved in (lambda tensor: tensor.clone(memory_format=torch.contiguous_format), lambda tensor: _backwards(tensor)):
+    for moved in (Tensor.contiguous, _backwards):
         with torch.autograd.graph.saved_tensors_hooks(moved, lambda tensor: tensor):
             found = run(compute, given, wanted)
         for name, value in expected.items():

@@ -7,6 +7,7 @@ OUT/NAME-RANK.pt.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from test_out_of_memory import Operations
 from transformers import TrainerCallback
 
 import fastdpo
+from fastdpo import checkpoint
 from fastdpo.batch import OptimizerBatch
 from fastdpo.ranks import GradientSum, Ranks
 
@@ -129,22 +131,18 @@ def weights_that_differ_at_first(out: Path, count: int) -> dict[str, Any]:
 
 def remembered(out: Path, count: int) -> dict[str, Any]:
     """The second epoch deals rows otherwise, and no process runs the reference again."""
-    trainer, passes = trainer_of(out, count), []
+    trainer, passes = trainer_of(out, count, rows=ROWS[:13]), []
     compute = trainer.reference.compute
-    trainer.reference.compute = lambda batch: passes.append(batch.num_pairs) or compute(batch)
+    trainer.reference.compute = lambda batch: passes.append((trainer.state.epoch, batch.num_pairs)) or compute(batch)
     trainer.train()
-    return summary(trainer, passes=sum(passes))
+    return summary(trainer, passes=passes)
 
 
 def precomputed(out: Path, count: int) -> dict[str, Any]:
     path = out / f"reference-{count}.safetensors"
-    found: dict[str, Any] = {}
-
-    class Seen(TrainerCallback):
-        def on_init_end(self, *_: Any, **__: Any) -> None:
-            found["file"] = path.exists()
-
-    trainer = trainer_of(out, count, precompute_ref_log_probs=True, ref_log_probs=str(path))
+    more: Any = {"precompute_ref_log_probs": True, "ref_log_probs": str(path)}
+    trainer_of(out, count, rows=ROWS[:7], **more)  # these are read by the next
+    trainer = trainer_of(out, count, rows=ROWS[:13], **more)
     trainer.train()
     memory = trainer.reference.memory
     keys = sorted(memory.slots)
@@ -164,6 +162,76 @@ def best(out: Path, count: int) -> dict[str, Any]:
     return summary(trainer, best=at, saved=Path(saved).name, there=Path(saved).exists())
 
 
+def slow_to_save(out: Path, count: int) -> dict[str, Any]:
+    """The first process writes for a while, and nothing else makes the others wait: there is no reference."""
+    save = checkpoint.save_model
+
+    def slowly(*given: Any) -> None:
+        time.sleep(1)
+        save(*given)
+
+    checkpoint.save_model = slowly
+    try:
+        more: Any = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "reference_free": True}
+        more |= {"metric_for_best_model": "loss", "load_best_model_at_end": True, "max_steps": 2}
+        model, tokenizer = tiny_llama(), tokenizers_for_tests.byte_level()
+        given = options(out / f"slow-{count}", count, **more)
+        result = fastdpo.train(model, ROWS, ROWS[:5], processing_class=tokenizer, **given)
+        there = (out / f"slow-{count}/run/model.safetensors").exists()
+    finally:
+        checkpoint.save_model = save
+    return summary(result.trainer, there=there)
+
+
+def stopped_by_one(out: Path, count: int) -> dict[str, Any]:
+    """A callback looks at a clock, and in the last process it is time after two steps."""
+    trainer = trainer_of(out, count, num_train_epochs=3)
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 2 and trainer.ranks.rank == count - 1
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    return summary(trainer, steps=trainer.state.global_step)
+
+
+def rows_that_differ(out: Path, count: int) -> dict[str, Any]:
+    rank = torch.distributed.get_rank() if count > 1 else 0
+    try:
+        trainer_of(out, count, rows=ROWS[rank:] + ROWS[:rank]).train()
+    except ValueError as error:
+        return {"error": str(error)}
+    raise AssertionError("it went through")
+
+
+def workers(out: Path, count: int) -> dict[str, Any]:
+    """Processes that collate, spawned: what they are given is pickled."""
+    more: Any = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 2}
+    method = torch.multiprocessing.get_start_method(allow_none=True)
+    torch.multiprocessing.set_start_method("spawn", force=True)
+    try:
+        return run(out, count, **more)
+    finally:
+        torch.multiprocessing.set_start_method(method, force=True)
+
+
+def evaluated_out_of_memory(out: Path, count: int) -> dict[str, Any]:
+    """The last process alone, in the first batch of an evaluation of a loss that couples pairs."""
+    trainer = trainer_of(out, count, loss_type="aot", max_tokens_per_microbatch=10_000)
+    compute, calls = trainer.reference.compute, []
+
+    def failing(batch: Any) -> Any:
+        calls.append(batch)
+        if len(calls) == 1 and trainer.ranks.rank == count - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(batch)
+
+    trainer.reference.compute = failing
+    trainer.evaluate(ROWS[:17])
+    return summary(trainer, budget=trainer._retry.budget)
+
+
 def noisy(out: Path, count: int) -> dict[str, Any]:
     """Each process draws dropout masks of its own, and all end with the same weights."""
     model, drawn = tiny_llama(attention_dropout=0.3), []
@@ -176,8 +244,10 @@ def noisy(out: Path, count: int) -> dict[str, Any]:
 
 @contextmanager
 def counted_outside_of_ranks(operations: list[Operations]) -> Iterator[None]:
-    """Operations in which ranks talk are not counted: none of them allocates on a device."""
-    names = [*((Ranks, name) for name in ("exchange", "agree", "gather", "sum")), (GradientSum, "_sum")]
+    """Operations on the CPU, and those between an agreement and a transfer, are not counted: none allocates on a
+    device.
+    """
+    names = [*((Ranks, name) for name in ("exchange", "agree", "sum")), (GradientSum, "_sum")]
     kept = [getattr(where, name) for where, name in names]
 
     def uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -261,17 +331,19 @@ def gradients_that_only_some_have(out: Path, count: int) -> dict[str, Any]:
     return {"sums": [None if p.grad is None else (p.grad.min().item(), p.grad.max().item()) for p in trained]}
 
 
+AROUND_THE_EXCHANGE = (0.39, 0.395, 0.4, 0.405, 0.41)  # of log-probs after the look-ahead of a loss that couples pairs
 OUT_OF_MEMORY: dict[str, Callable[..., dict[str, Any]]] = {
     f"out_of_memory-{loss}-{where}": lambda out, count, loss=loss, where=where: out_of_memory(out, count, loss, where)
     for loss in ("sigmoid", "aot", "bco_pair")
-    for where in (0.0, 0.3, 0.6, 0.9, 1.0)
+    for where in (0.0, 0.3, 0.6, 0.9, 1.0, *(AROUND_THE_EXCHANGE if loss == "aot" else ()))
 }
 SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         *(lora_with_evaluation, matched, running_mean, predicted, token_mean, padded, a_last_batch_of_one_pair, stream),
         *(weights_that_differ_at_first, remembered, precomputed, best, noisy, a_pair_that_never_fits),
-        gradients_that_only_some_have,
+        *(slow_to_save, stopped_by_one, workers, evaluated_out_of_memory, gradients_that_only_some_have),
+        rows_that_differ,
     )
 } | OUT_OF_MEMORY
 

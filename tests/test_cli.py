@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import types
+from unittest import mock
 
 import pytest
 from transformers import BloomConfig
@@ -35,7 +36,8 @@ def trained(monkeypatch) -> dict:
 
     def train(model, train_dataset, **rest):
         calls.update(model=model, train_dataset=train_dataset, **rest)
-        return types.SimpleNamespace(metrics={"train_loss": 0.5, "steps": 3})
+        trainer = types.SimpleNamespace(is_world_process_zero=lambda: True, accelerator=mock.MagicMock())
+        return types.SimpleNamespace(metrics={"train_loss": 0.5, "steps": 3}, trainer=trainer)
 
     monkeypatch.setattr(fastdpo, "train", train)
     return calls
@@ -327,8 +329,9 @@ def small_model(tmp_path, tokenizer) -> str:
         (["--gpu", "t4"], "a card like the T4, with 16 GiB", "float32"),
         (["--gpu", "T4", "--fp16"], "a card like the T4, with 16 GiB", "float16"),
         (["--gpu=rtx-3090", "--gpu-memory", "20G"], "a card like the RTX 3090, with 20 GiB", "bfloat16"),
+        (["--gpu", "RTX 3070"], "a card like the RTX 3070, with 8 GiB", "bfloat16"),
         (["--gpu", "MI300X"], "a card like the MI300X, with 192 GiB", "bfloat16"),
-        (["--gpu-memory", "24GiB", "--fp16"], "a card like the RTX 4090, with 24 GiB", "float16"),
+        (["--gpu-memory", "24GiB", "--fp16"], "chip is taken for the RTX 4090's (--gpu), with 24 GiB", "float16"),
         (["--gpu", "H200", "--no_bf16"], "a card like the H200, with 141 GiB", "float32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

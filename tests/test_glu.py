@@ -20,6 +20,7 @@ from op_contract import (
     assert_every_element_is_written,
     assert_inputs_stay,
     assert_same,
+    assert_saved_tensors_may_come_back_with_other_strides,
     exactly,
     run,
     saved_beside,
@@ -223,6 +224,12 @@ def test_two_runs_are_bitwise_the_same_and_leave_their_inputs(method: str, dtype
 @pytest.mark.parametrize("method", METHODS)
 def test_every_element_that_comes_out_is_written(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_every_element_is_written(ours("silu", method), inputs((3, 2049), method=method), LEAVES, monkeypatch)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_right_where_what_was_saved_comes_back_with_other_strides(method: str) -> None:
+    given = inputs(method=method)
+    assert_saved_tensors_may_come_back_with_other_strides(ours("silu", method), given, LEAVES)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,8 +33,9 @@ from fastdpo import attention
 from fastdpo.attention import attention_configs, packed_calls
 from fastdpo.attention_backends import Facts, choose
 from fastdpo.batch import pack, pad
+from fastdpo.config import DPOConfig
 from fastdpo.layout import find_layout
-from fastdpo.model import Policy, checkpointing, without_dropout
+from fastdpo.model import Policy, add_adapters, checkpointing, without_dropout
 
 FP32 = 1e-5
 CHECKPOINTED = ["llama", "gemma2", "mistral-window", "gpt2", "gpt-oss-sinks"]
@@ -344,6 +346,23 @@ def test_a_head_adapter_that_is_more_than_two_factors_is_refused(options: dict[s
     model = lora(tiny_model("llama"), target_modules=["q_proj", "lm_head"], **options)
     with pytest.raises(ValueError, match="on the LM head .* leave the head out of target_modules"):
         find_layout(Policy(model).eval())
+
+
+@pytest.mark.parametrize("name", ["phimoe-window", "llama4-chunks", "falcon-rotary"])
+@torch.no_grad()
+def test_adapters_by_default_are_on_all_linear_layers_but_routers(name: str, tmp_path: Path) -> None:
+    """Routers that are linear layers by their class give several tensors, which peft stumbles over."""
+    model = tiny_model(name)
+    head = model.get_output_embeddings()
+    linear = {path for path, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head}
+    routers = {path for path in linear if "Router" in type(model.get_submodule(path)).__name__}
+    config = DPOConfig(output_dir=str(tmp_path), use_peft=True, use_cpu=True)
+    adapted = add_adapters(model, None, config)
+    named = {
+        path.removeprefix("base_model.model.") for path, part in adapted.named_modules() if hasattr(part, "lora_A")
+    }
+    assert named == linear - routers and bool(routers) == (name != "falcon-rotary")
+    assert adapted(torch.arange(3, 12)[None]).logits.isfinite().all()
 
 
 # Refusals

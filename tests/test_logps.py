@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +113,39 @@ def test_the_first_call_finds_a_head_of_another_form_and_draws_no_random_number(
         token_logps(wrong, IDS)
 
 
+@pytest.mark.parametrize("name", ["cohere", "gemma2", "granite"])
+def test_the_first_call_finds_a_scale_or_cap_of_a_tenth_more_or_less_in_bf16(name: str) -> None:
+    """Of logits in bf16 the largest may be 8% off by rounding."""
+    token_logps(tiny_model(name, torch.bfloat16), IDS)
+    model: Any = tiny_model(name, torch.bfloat16)
+    output_head = module.output_head
+
+    def misread(base: Any) -> Any:
+        head = output_head(base)
+        return (
+            replace(head, softcap=1.1 * head.softcap)
+            if head.softcap
+            else replace(head, logit_scale=1.1 * head.logit_scale)
+        )
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(module, "output_head", misread)
+        with pytest.raises(RuntimeError, match="hidden states and head differ"):
+            token_logps(model, IDS)
+
+
+@pytest.mark.parametrize("labelled", [False, True], ids=["mask", "labels"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "gemma3", "falcon-alibi", "bloom", "llama4-chunks"])
+def test_a_row_padded_on_the_left_has_the_log_probs_that_it_has_alone(name: str, labelled: bool) -> None:
+    """GPT-2's learned positions would otherwise count the padding."""
+    model, ids, mask = tiny_model(name), IDS.clone(), torch.ones_like(IDS)
+    ids[1, :5], mask[1, :5] = 0, 0
+    labels = ids.where(mask == 1, -100) if labelled else None
+    actual = token_logps(model, ids, mask, labels)
+    assert_same(actual[1, 5:], token_logps(model, ids[1:, 5:])[0])
+    assert_same(actual[0], token_logps(model, ids[:1])[0])
+
+
 def test_a_first_call_that_has_nothing_to_compare_leaves_that_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     assert token_logps(model, IDS[:, :1]).shape == (2, 0)
@@ -164,6 +198,33 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         token_logps(model, IDS, MASK[:, 1:])
     with pytest.raises(ValueError, match="labels is"):
         token_logps(model, IDS, None, IDS[:1])
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"input_ids": IDS.tolist()}, r"input_ids is a list, expected a \(B, T\) tensor"),
+        ({"input_ids": None}, "input_ids is a NoneType"),
+        ({"input_ids": IDS.float()}, r"input_ids is \(2, 17\) torch.float32, expected tokens as int64"),
+        ({"input_ids": IDS[:0]}, r"input_ids is \(0, 17\), expected \(B, T\), B and T above 0"),
+        ({"input_ids": IDS.to("meta")}, "input_ids is on meta, expected it on cpu, where the model is"),
+        ({"attention_mask": MASK.tolist()}, "attention_mask is a list"),
+        ({"attention_mask": MASK.to("meta")}, "attention_mask is on meta"),
+        ({"labels": IDS.tolist()}, "labels is a list"),
+        ({"labels": IDS.float()}, r"labels is \(2, 17\) torch.float32, expected tokens"),
+        ({"labels": IDS > 9}, r"labels is \(2, 17\) torch.bool, expected tokens"),
+        ({"input_ids": IDS.index_fill(1, torch.tensor(3), -100)}, r"input_ids\[0, 3\] is -100, .* \[0, 97\)$"),
+        ({"input_ids": IDS.index_fill(1, torch.tensor(16), 97)}, r"input_ids\[0, 16\] is 97"),
+        ({"labels": IDS.index_fill(1, torch.tensor(5), 97)}, r"labels\[0, 5\] is 97, expected .*, or -100 where"),
+        ({"labels": IDS.index_fill(1, torch.tensor(5), -1)}, r"labels\[0, 5\] is -1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arguments_that_do_not_fit_are_refused_by_name_and_place(given: dict[str, Any], match: str) -> None:
+    model = tiny_model("llama")
+    token_logps(model, IDS, MASK, IDS.index_fill(1, torch.tensor(0), -1))  # nothing comes before the first
+    with pytest.raises(ValueError, match=match):
+        token_logps(model, **{"input_ids": IDS, **given})
 
 
 def test_public_names_are_the_functions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -227,6 +228,19 @@ def test_adapters_with_b_of_zero_leave_the_output_as_without_them_bit_for_bit(
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_are_right_where_what_was_saved_comes_back_with_other_strides(function: str, base: str) -> None:
+    projections, x = made(function, base=base, bias=True), random(N, D, seed=5)
+    expected = run(call, function, x, projections)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: tensor.t().clone(memory_format=torch.contiguous_format).t(), lambda tensor: tensor
+    ):
+        found = run(call, function, x, projections)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_gradient_alone_is_the_one_among_all(function: str) -> None:
     projections, x = made(function, base="4-bit", bias=True), random(N, D, seed=5)
     whole = run(call, function, x, projections)
@@ -407,6 +421,28 @@ def test_each_weight_is_dequantised_once_each_way(function: str, monkeypatch: py
     asked.clear()
     sum(y.sum() for y in outputs).backward()
     assert {*map(id, asked)} == every and len(asked) == len(every)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_threads_in_one_model_do_not_overwrite_each_others_weight(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first waits with its weight in the buffer for longer than the second, if let, needs to put its own there."""
+    x = random(N, D, seed=5, dtype=torch.bfloat16)  # an fp32 base is cast for it
+    first, second = (projection(I, D, seed, base=base, rank=None) for seed in (0, 50))
+    expected = lora_linear(x, first)
+    filled, multiply = threading.Event(), Tensor.__matmul__
+    thread = threading.Thread(target=lambda: filled.wait(10) and lora_linear(x, second))
+
+    def waiting(left: Tensor, right: Tensor) -> Tensor:
+        if not filled.is_set():
+            filled.set()
+            thread.join(0.5)
+        return multiply(left, right)
+
+    monkeypatch.setattr(Tensor, "__matmul__", waiting)
+    thread.start()
+    result = lora_linear(x, first)
+    thread.join()
+    assert torch.equal(result, expected)
 
 
 # ---- what is left alone

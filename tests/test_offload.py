@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import weakref
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from fastdpo.batch import pack
 from fastdpo.config import DPOConfig
 from fastdpo.data import TokenPair
 from fastdpo.model import Policy, checkpointing
-from fastdpo.offload import HostCopies, _Kept
+from fastdpo.offload import HostCopies, _Kept, _SideStream
 
 PAIRS = [TokenPair([1, 2, 3, 4], [5, 6, 7], [8, 9]), TokenPair([9], [11, 3], [12, 4, 5, 6])]
 
@@ -46,7 +49,7 @@ def test_gradients_are_bitwise_those_of_a_step_that_keeps_everything(kwargs) -> 
         assert torch.equal(gradient, expected[name]), name
 
 
-@pytest.mark.parametrize("every, runs", [(1, 10), (2, 8), (3, 7), (9, 6)])
+@pytest.mark.parametrize("every, runs", [(1, 10), (2, 8), (3, 7), (5, 6)])
 def test_every_kth_block_runs_twice(every: int, runs: int) -> None:
     """Blocks 0, k, 2k, ... of five."""
     model = tiny_llama(num_hidden_layers=5)
@@ -60,6 +63,11 @@ def test_every_kth_block_runs_twice(every: int, runs: int) -> None:
         block.mlp.register_forward_pre_hook(counted)
     gradients(model, every_n_layers=every)
     assert count == runs
+
+
+def test_fewer_blocks_than_every_n_layers_says_are_said_to_be_so() -> None:
+    with pytest.raises(ValueError, match="every_n_layers=9 of LlamaForCausalLM, which has 5 blocks: give .* at most 5"):
+        gradients(tiny_llama(num_hidden_layers=5), every_n_layers=9)
 
 
 def test_all_block_inputs_but_the_last_two_are_on_the_host_alone_between_the_passes() -> None:
@@ -127,6 +135,81 @@ def test_checkpointing_leaves_nothing_on_the_model(kwargs) -> None:
     assert not model(torch.arange(4)[None]).logits.requires_grad
 
 
+class LateStream:
+    """Stands for a side stream: a copy is made when it is waited for, and no sooner."""
+
+    def __init__(self) -> None:
+        self.under_way: list[Any] = []
+        self.let_go: list[str] = []
+
+    def copy(self, to: torch.Tensor, tensor: torch.Tensor) -> int:
+        to.fill_(torch.nan)
+        self.under_way.append((weakref.ref(to), weakref.ref(tensor)))
+        return len(self.under_way)
+
+    def wait(self, copied: int) -> None:
+        """A wait for one copy is one for those before it."""
+        for place, copy in enumerate(self.under_way[:copied]):
+            to, tensor = (end() for end in copy or (lambda: None, lambda: None))
+            if copy and to is not None and tensor is not None:
+                with torch.no_grad():
+                    to.copy_(tensor)
+            elif copy:
+                self.let_go.append(f"copy {place} was under way when an end of it was let go of")
+            self.under_way[place] = None
+
+    def finish(self) -> list[str]:
+        self.wait(len(self.under_way))
+        return self.let_go
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> LateStream:
+    stream = LateStream()
+    monkeypatch.setattr(HostCopies, "_side_stream", lambda self, device: stream)
+    return stream
+
+
+def test_copies_are_waited_for_before_their_tensors_are_read_or_let_go_of(late: LateStream) -> None:
+    model = tiny_llama(num_hidden_layers=5)
+    expected = gradients(model)
+    for name, gradient in gradients(model, offload=True).items():
+        assert torch.equal(gradient, expected[name]), name
+    assert len(late.under_way) == 4 + 3  # the last block sends nothing, and the one before it is not let go of
+    assert not late.finish()
+
+
+@pytest.mark.parametrize("fails", ["forward", "backward"])
+def test_a_pass_that_failed_lets_go_of_no_memory_that_a_copy_still_writes_to(fails: str, late: LateStream) -> None:
+    """The next pass would compute in it."""
+    model = tiny_llama(num_hidden_layers=5)
+    policy = Policy(model).train()
+    with checkpointing(policy, {"offload": True}):
+        loss = policy(pack(PAIRS))[0].sum() if fails == "backward" else None
+        model.model.layers[3].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            policy(pack(PAIRS)) if loss is None else loss.backward()
+        del loss
+    gc.collect()
+    assert late.under_way and not late.finish()
+
+
+def test_a_copy_starts_when_the_device_has_come_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[Any] = []
+    side, main = MagicMock(), MagicMock()
+    side.wait_stream.side_effect = lambda stream: order.append(("side waits", stream is main))
+    side.record_event.side_effect = lambda: order.append("recorded") or "event"
+    main.wait_event.side_effect = lambda event: order.append(("main waits", event))
+    to = MagicMock()
+    to.copy_.side_effect = lambda *_, **__: order.append("copy")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(order.append(("on side", stream is side))))
+    stream = _SideStream(torch.device("cuda"))
+    stream.wait(stream.copy(to, torch.ones(1)))
+    assert order == [("side waits", True), ("on side", True), "copy", "recorded", ("main waits", "event")]
+
+
 @pytest.mark.gpu
 def test_offloading_frees_the_gpu_and_changes_no_bit() -> None:
     model = tiny_llama(num_hidden_layers=32, hidden_size=512, intermediate_size=512).cuda()
@@ -156,6 +239,10 @@ def test_offloading_frees_the_gpu_and_changes_no_bit() -> None:
         ({"gradient_checkpointing_kwargs": {"offload": True}}, "moves activations from a GPU"),
         ({"gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "whole number of at least 1, got 0"),
         ({"gradient_checkpointing_kwargs": {"every_n_layers": "2"}}, "whole number of at least 1, got '2'"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": True}}, "whole number of at least 1, got True"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layer": 2}}, "unknown 'every_n_layer'.*mean 'every_n_layers'"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "no effect without gradient_checkpointing=True"),
+        ({"memory": "auto"}, "memory='auto' plans for an NVIDIA GPU, and there is none"),
     ],
     ids=str,
 )

@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
+from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
 
 import fastdpo
 from fastdpo import architectures, patching, projections
 from fastdpo.model import without_dropout
 from fastdpo.patching import PatchReport, is_patched, patch, unpatch
+from fastdpo.quantized import misread_layers
+from fastdpo_kernels.nf4 import Packed, dequantize
 
 FP32 = 1e-5
 IDS = torch.randint(3, 97, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -216,7 +220,10 @@ def test_patching_twice_changes_nothing_and_says_so() -> None:
 def test_experts_and_training_weights_are_left_alone_and_the_report_says_so() -> None:
     left = patch(tiny_model("mixtral").requires_grad_(True)).left_alone
     assert [len(names) for names in left.values()] == [2, 8]
-    assert "3-D" in next(iter(left)) and "model.layers.0.self_attn.q_proj" in left["weights that train"]
+    assert (
+        "3-D" in next(iter(left))
+        and "model.layers.0.self_attn.q_proj" in left["weights that train: fused once frozen under adapters"]
+    )
 
 
 def test_an_unknown_family_stays_as_it_is_and_the_report_says_so() -> None:
@@ -245,6 +252,43 @@ def test_a_broken_promise_raises_and_names_what_is_missing(
     with pytest.raises(ValueError, match=missing):
         patch(model)
     assert not is_patched(model)
+
+
+class OwnAttention(LlamaAttention):
+    pass
+
+
+def test_a_class_made_from_a_known_one_runs_its_own_forward_and_the_report_names_it() -> None:
+    model = tiny_model("llama")
+    expected = outcome(model)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    report = patch(model)
+    names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert report.left_alone["OwnAttention computes in its own way, not as LlamaAttention"] == names
+    assert report.counts["rms_norm"] == 5 and report.counts["glu"] == 2 and report.counts["rope"] == 0
+    assert_same(outcome(model), expected)
+
+
+def test_a_module_in_place_of_a_known_one_is_left_alone_and_the_report_says_so() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = nn.Identity()
+    report = patch(model)
+    assert "no LlamaMLP: what stands in its place computes in its own way" in report.left_alone
+    assert report.counts["rms_norm"] == 5 and report.counts["glu"] == 0
+
+
+def test_a_model_of_another_family_with_modules_of_a_known_one_trains_and_the_report_says_so() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), LlamaRMSNorm(8))
+    x = torch.randn(3, 8)
+    expected = model(x)
+    report = patch(model)
+    assert report.left_alone == {
+        "Sequential has no row in fastdpo.architectures: patched is what it has of llama": [""]
+    }
+    assert report.families == ("llama",) and report.counts["rms_norm"] == 1
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_an_activation_without_kernel_leaves_the_mlp_alone() -> None:
@@ -474,6 +518,21 @@ def test_forwards_that_others_have_bound_are_left_and_unpatch_refuses_to_lose_a_
     assert not is_patched(model)
 
 
+def test_unpatch_refuses_to_leave_our_forward_running_inside_of_another() -> None:
+    model: Any = patched(tiny_model("llama"))
+    mlp = model.model.layers[0].mlp
+    ours = mlp.forward
+    mlp.forward = lambda x: ours(x)
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp \(LlamaMLP\) was given another forward after patch"):
+        unpatch(model)
+    assert is_patched(model)
+    mlp.forward = ours
+    unpatch(model)
+    assert not is_patched(model)
+    mlp.forward = lambda x: x
+    unpatch(model)  # which was not patched
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["first use", "later"])
 def test_a_batch_that_mixes_adapters_is_pefts_own(first: bool, calls: dict[str, int]) -> None:
     model: Any = adapted(tiny_model("llama")).eval()
@@ -598,6 +657,30 @@ def test_a_wrong_kernel_is_found_at_its_first_use(kernel: str, monkeypatch: pyte
         logps(model)
 
 
+def test_every_class_of_a_kind_is_compared_at_its_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-4 has a norm with weights, and one without that another version of transformers may compute otherwise."""
+    forward = Llama4TextL2Norm.forward
+    monkeypatch.setattr(Llama4TextL2Norm, "forward", lambda self, x: 3 * forward(self, x))
+    model = patched(tiny_model("llama4-chunks"))
+    with pytest.raises(RuntimeError, match=r"patched Llama4TextL2Norm \(rms_norm\) differs"):
+        logps(model)
+
+
+def test_narrow_adapters_on_a_wide_base_are_compared_in_the_bases_dtype_and_err_less_than_pefts() -> None:
+    """TRL casts the adapters of 4-bit models to bf16: peft then multiplies in bf16 what is multiplied in fp32 here."""
+    model = adapted(tiny_model("llama"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    truth, theirs = outcome(copy.deepcopy(model).double()), outcome(model)
+    ours = outcome(patched(model))
+    errors = [float((one[0].double() - truth[0].double()).abs().max()) for one in (ours, theirs)]
+    assert errors[0] < 0.01 * errors[1]
+    wrong = [gradient_error({n: g.double() for n, g in one[1].items()}, truth[1]) for one in (ours, theirs)]
+    assert wrong[0] < wrong[1]
+    print(f"log-probs err {errors[0] / errors[1]:.4f}, gradients {wrong[0] / wrong[1]:.2f} times as much as peft's")
+
+
 def test_the_first_use_draws_no_random_number_and_comes_once_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     compare = patching._Checks.compare
@@ -685,6 +768,28 @@ def test_4_bit_without_adapters_is_fused_too_and_dequantises_when_no_gradient_is
     with torch.no_grad():
         torch.testing.assert_close(logps(model), expected, rtol=0, atol=1e-4)
     assert calls["lora_mlp"] and calls["lora_qkv"] and calls["lora_linear"]
+
+
+@pytest.mark.parametrize("width", [32, 96])
+def test_4_bit_rows_that_end_amid_a_block_are_read_right_whatever_bitsandbytes_makes_of_them(
+    width: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """bitsandbytes 0.50 reads them wrongly on CPUs with AVX512, so there is nothing to compare with."""
+    tiny_model("llama", hidden_size=width, intermediate_size=2 * width).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    where = {"quantization_config": quantization, "device_map": {"": "cpu"}, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **where)
+    dense: Any = tiny_model("llama", hidden_size=width, intermediate_size=2 * width)
+    for name, module in model.named_modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            dense.get_submodule(name).weight.data = dequantize(Packed.of(module.weight.data, state), torch.float32)
+    expected = outcome(adapted(dense))
+    with caplog.at_level(logging.WARNING, "fastdpo"):
+        patch(model)
+    assert ("bitsandbytes reads" in caplog.text) == bool(misread_layers(model))
+    assert_same(outcome(adapted(model)), expected)
 
 
 def test_the_first_use_does_not_let_bitsandbytes_pack_weights(four_bit: Callable[..., Any]) -> None:

@@ -14,13 +14,25 @@ import pytest
 import torch
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from tiny_models import tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+)
 
 import fastdpo
 from fastdpo.config import DPOConfig
 from fastdpo.identity import model_identity
-from fastdpo.model import load_model
-from fastdpo.quantized import is_quantized, keep_unpacked
+from fastdpo.layout import find_layout
+from fastdpo.model import Policy, load_model
+from fastdpo.patching import is_patched
+from fastdpo.quantized import is_quantized, keep_unpacked, misread_layers, weights_report, without_outliers
+from fastdpo_kernels import nf4
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -41,6 +53,26 @@ def in_4_bits(path: str, **more: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         path, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
     )
+
+
+def in_8_bits(path: str, *whole: str) -> Any:
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(whole) or None)
+    return AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config, device_map={"": "cpu"}, dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model on disk some of whose activations are 20 times the others."""
+    path = tmp_path_factory.mktemp("outliers")
+    model: Any = tiny_llama(hidden_size=64, intermediate_size=128)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[:6] = 20
+            layer.post_attention_layernorm.weight[:6] = 20
+    model.save_pretrained(path)
+    return str(path)
 
 
 def dequantized(model: Any) -> LlamaForCausalLM:
@@ -142,17 +174,35 @@ def _peak_of(call: Callable[[], Any]) -> tuple[Any, int]:
 # Numbers
 
 
-def test_losses_and_gradients_are_those_of_the_dequantised_model(saved, rows, tokenizer, quick) -> None:
+class FirstGradients(TrainerCallback):
+    """Of the first step, by name."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        for name, value in model.named_parameters():
+            if value.grad is not None:
+                self.seen.setdefault(name, value.grad.clone())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
+def test_losses_and_gradients_are_those_of_the_dequantised_model(saved, rows, tokenizer, quick, fused: bool) -> None:
     """Of 4 steps, in fp32: the same adapters come out."""
-    peft_config = LoraConfig(r=4, target_modules="all-linear")
+    peft_config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # A has a gradient at once
+    quick |= {"fused_kernels": fused}
     packed = in_4_bits(saved)
     dense = dequantized(packed)
     torch.manual_seed(1)
     dense = get_peft_model(dense, peft_config)
     torch.manual_seed(1)
     packed = get_peft_model(packed, peft_config)
-    expected = fastdpo.train(dense, rows, processing_class=tokenizer, **quick)
-    out = fastdpo.train(packed, rows, processing_class=tokenizer, **quick)
+    of_packed, of_dense = FirstGradients(), FirstGradients()
+    expected = fastdpo.train(dense, rows, processing_class=tokenizer, callbacks=[of_dense], **quick)
+    out = fastdpo.train(packed, rows, processing_class=tokenizer, callbacks=[of_packed], **quick)
+    assert set(of_packed.seen) == set(of_dense.seen) and len(of_dense.seen) == 2 * 2 * 7
+    for name, value in of_dense.seen.items():
+        assert (of_packed.seen[name] - value).abs().max() < 1e-5 * value.abs().max(), name
     for ours, theirs in zip(out.history[:4], expected.history[:4], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
@@ -174,6 +224,8 @@ def test_gradients_after_an_evaluation_are_those_of_the_dequantised_model(
     options = {"bf16": True, "fused_kernels": fused, "use_peft": True, "use_dora": dora}
     expected = fastdpo.train(dense, rows, processing_class=tokenizer, **options, **quick)
     out = fastdpo.train(saved, rows, load_in_4bit=True, **options, **quick)
+    layers: list[Any] = [module for module in out.model.modules() if is_quantized(module)]
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
     for ours, theirs in zip(out.history, expected.history, strict=True):
         if "grad_norm" in theirs:
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)  # products in bf16
@@ -185,19 +237,29 @@ def test_a_reference_that_is_quantised_already_loads_as_it_is(saved, rows, token
     assert out.history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-def test_a_model_that_was_evaluated_before_comes_unpacked(saved) -> None:
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "unpacked"])
+def test_a_model_that_an_evaluation_packed_for_the_cpu_is_refused(saved, nested: bool, unpacked: bool) -> None:
+    """Its scales are no longer those that were loaded, and unpacked to save them they are still others."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as pack
+
+    model = in_4_bits(saved, bnb_4bit_use_double_quant=nested)
+    name, layer = next((name, module) for name, module in model.named_modules() if is_quantized(module))
+    layer.weight.data, layer.weight.quant_state = pack(layer.weight.data, layer.weight.quant_state)
+    if unpacked:
+        model.state_dict()
+    for use in (fastdpo.patch, keep_unpacked):
+        with pytest.raises(ValueError, match=rf"1 4-bit layers, such as {name}, .* Load it anew"):
+            use(model)
+    assert not is_patched(model)
+
+
+def test_a_model_is_not_packed_for_the_cpu_once_it_is_kept_from_that(saved) -> None:
     model = in_4_bits(saved, bnb_4bit_compute_dtype=torch.bfloat16).eval()
-    ids = torch.arange(8)[None]
     before = {name: module.weight.data.clone() for name, module in model.named_modules() if is_quantized(module)}
-    with torch.no_grad():
-        model(ids)
     keep_unpacked(model)
-    for name, module in model.named_modules():
-        if is_quantized(module):
-            assert torch.equal(module.weight.data, before[name]), name
-            assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
     with torch.no_grad():
-        model(ids)
+        model(torch.arange(8)[None])
     assert all(torch.equal(m.weight.data, before[n]) for n, m in model.named_modules() if is_quantized(m))
 
 
@@ -206,6 +268,61 @@ def test_the_first_margins_are_exactly_zero_on_quantised_weights(saved, rows, qu
         out = fastdpo.train(saved, rows, **options, **quick)
         assert out.history[0]["rewards/margins"] == 0.0
         assert out.history[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_a_causal_model_with_outliers_packs_in_8_bits(outliers: str) -> None:
+    """What LLM.int8 takes for an outlier depends on later tokens, too, and it was taken for an encoder."""
+    model: Any = in_8_bits(outliers)
+    policy = Policy(model).eval()
+    assert find_layout(policy).packed
+    assert {layer.state.threshold for layer in model.modules() if is_quantized(layer)} == {6.0}
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        apart, changed = (model(torch.cat([ids, ids.new_tensor([[last]])], 1)).logits[0, :-1] for last in (20, 30))
+        assert not torch.equal(apart, changed)  # the last token is seen by those before it
+        with without_outliers(model):
+            apart, changed = (model(torch.cat([ids, ids.new_tensor([[last]])], 1)).logits[0, :-1] for last in (20, 30))
+    assert torch.equal(apart, changed)
+
+
+def test_an_encoder_in_8_bits_is_still_refused(tmp_path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(vocab_size=97, initializer_range=0.2, **shape)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    model: Any = in_8_bits(str(tmp_path), "cls")
+    with pytest.raises(ValueError, match="lets a token see later ones"):
+        find_layout(Policy(model).eval())
+
+
+def test_a_run_in_8_bits_says_that_numbers_depend_on_the_batch(outliers, rows, quick, tokenizer, caplog) -> None:
+    with caplog.at_level("INFO", "fastdpo"):
+        out = fastdpo.train(outliers, rows, processing_class=tokenizer, load_in_8bit=True, **quick)
+    assert out.history[0]["rewards/margins"] == 0.0
+    assert "inputs above 6 apart: numbers depend a little on the batch" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [True, False], ids=["misread", "read right"])
+def test_4_bit_layers_that_the_cpu_reads_wrongly_are_named(wrong: bool, tmp_path, monkeypatch) -> None:
+    """Rows of 96 are no whole number of blocks of 64."""
+    tiny_llama(hidden_size=96, intermediate_size=128).save_pretrained(tmp_path)
+    model = in_4_bits(str(tmp_path))
+
+    def read(data: torch.Tensor, state: Any) -> torch.Tensor:
+        return (0.9 if wrong else 1.0) * nf4.dequantize(nf4.Packed.of(data, state), torch.float32)
+
+    monkeypatch.setattr("bitsandbytes.functional.dequantize_4bit", read)
+    ragged = [name for name, one in model.named_modules() if is_quantized(one) and one.in_features == 96]
+    assert misread_layers(model) == (ragged if wrong else []) and len(ragged) == 2 * 6
+
+
+def test_the_share_in_4_bits_and_what_is_left_of_experts_is_said(tmp_path) -> None:
+    tiny_model("mixtral", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
+    model: Any = in_4_bits(str(tmp_path)).requires_grad_(False)
+    quantized = sum(one.in_features * one.out_features for one in model.modules() if is_quantized(one))
+    experts = sum(value.numel() for value in model.parameters() if value.ndim == 3)
+    total = tiny_model("mixtral", hidden_size=64, intermediate_size=64).num_parameters()
+    said = f"8 layers with {quantized / total:.0%} of the weights; {experts / total:.0%} are experts"
+    assert f"{said}, which stay in float32" in weights_report(model)
 
 
 # What trains on them
@@ -278,6 +395,43 @@ def test_quantised_and_whole_weights_are_two_references(saved, tmp_path) -> None
 def test_options_that_contradict_each_other_are_refused(options, said) -> None:
     with pytest.raises(ValueError, match=said):
         DPOConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({**NF4, "bnb_4bit_quant_typ": "nf4"}, "'bnb_4bit_quant_typ', which .* did you mean 'bnb_4bit_quant_type'"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, "bnb_4bit_quant_type='nf5' is none of nf4, fp4"),
+        ({**NF4, "llm_int8_skip_modules": []}, "the LM head is quantised"),
+    ],
+    ids=["unknown key", "unknown code", "head"],
+)
+def test_a_quantization_config_that_cannot_be_is_refused_before_weights_load(
+    saved, rows, tokenizer, quick, tmp_path, given, said
+) -> None:
+    (tmp_path / "config.json").write_text((Path(saved) / "config.json").read_text())
+    with pytest.raises(ValueError, match=said):
+        fastdpo.train(str(tmp_path), rows, processing_class=tokenizer, quantization_config=given, **quick)
+
+
+@pytest.mark.parametrize("way", ["pissa", "pissa_niter_4", "corda", "orthogonal"])
+def test_adapters_taken_out_of_whole_weights_are_refused_on_quantised_ones(
+    way: str, saved, rows, tokenizer, quick, tmp_path
+) -> None:
+    (tmp_path / "config.json").write_text((Path(saved) / "config.json").read_text())
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=way)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"'{way}' takes the base weights apart .* leave it out, or take 'gaussian'"):
+        fastdpo.train(str(tmp_path), rows, processing_class=tokenizer, peft_config=config, load_in_4bit=True, **quick)
+
+
+def test_how_to_set_the_adapters_of_a_model_that_comes_quantised_is_said_truly(
+    saved, rows, tokenizer, quick, caplog
+) -> None:
+    with caplog.at_level("INFO", "fastdpo"):
+        fastdpo.train(in_4_bits(saved), rows, processing_class=tokenizer, **quick)
+    assert "do not train (use_peft=True with lora_r, lora_target_modules and so on set it)" in caplog.text
+    out = fastdpo.train(in_4_bits(saved), rows, processing_class=tokenizer, use_peft=True, lora_r=3, **quick)
+    assert out.model.active_peft_config.r == 3
 
 
 def test_what_quantised_weights_cannot_do_is_refused(saved, rows, tokenizer, quick) -> None:

@@ -20,7 +20,8 @@ from fastdpo.batch import deal
 
 TESTS = Path(__file__).parent
 PROCESSES = (2, 3)
-OF_THEIR_OWN = ("noisy", "a_pair_that_never_fits", "gradients_that_only_some_have")  # not what one process does
+# not what one process does
+OF_THEIR_OWN = ("noisy", "a_pair_that_never_fits", "gradients_that_only_some_have", "rows_that_differ")
 COMPARED = [name for name in SCENARIOS if name not in OF_THEIR_OWN]
 
 
@@ -104,12 +105,15 @@ def test_a_pair_that_does_not_fit_alone_ends_all_processes(count: int, found: An
 
 @pytest.mark.parametrize("count", PROCESSES)
 def test_the_second_epoch_runs_no_reference_though_rows_go_to_other_processes(count: int, found: Any) -> None:
-    assert sum(result["passes"] for result in found("remembered", count)) == 24
+    """13 rows in batches of 12: the last batch leaves processes without a pair."""
+    passes = [one for result in found("remembered", count) for one in result["passes"]]
+    assert sum(pairs for _, pairs in passes) == 13 and all(epoch < 1 and pairs for epoch, pairs in passes)
 
 
 @pytest.mark.parametrize("count", PROCESSES)
 def test_processes_compute_the_reference_ahead_together(count: int, found: Any, alone: Any) -> None:
     expected = alone("precomputed")
+    assert len(expected["keys"]) == 13
     for result in found("precomputed", count):
         assert result["keys"] == expected["keys"] and result["freed"]
         torch.testing.assert_close(result["values"], expected["values"], rtol=1e-5, atol=0)
@@ -127,6 +131,27 @@ def test_the_best_checkpoint_is_written_once_and_loaded_by_all(count: int, found
     assert expected["best"] == 1 and expected["saved"] == f"checkpoint-{expected['best']}"
     for result in found("best", count):
         assert (result["best"], result["saved"], result["there"]) == (expected["best"], expected["saved"], True)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_no_process_goes_on_before_a_model_is_written(count: int, found: Any) -> None:
+    assert all(result["there"] for result in found("slow_to_save", count))
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_what_a_callback_asks_for_in_one_process_all_do(count: int, found: Any) -> None:
+    assert {result["steps"] for result in found("stopped_by_one", count)} == {2}
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_processes_that_read_different_rows_are_told_so(count: int, found: Any) -> None:
+    assert all("the processes read different rows" in result["error"] for result in found("rows_that_differ", count))
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_an_evaluation_without_memory_in_one_process_is_done_again_by_all(count: int, found: Any) -> None:
+    budgets = {result["budget"] for result in found("evaluated_out_of_memory", count)}
+    assert len(budgets) == 1 and None not in budgets
 
 
 @pytest.mark.parametrize("count", PROCESSES)

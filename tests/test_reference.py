@@ -77,6 +77,26 @@ def test_adapters_are_off_as_peft_has_them_off_and_afterwards_all_is_as_before(k
     assert torch.equal(logits(model), with_adapters) and state(model) == before
 
 
+@pytest.mark.parametrize("start", ["fresh", "trained before"])
+def test_biases_that_train_beside_adapters_are_in_the_reference_as_they_were(
+    start: str, rows, tokenizer, quick
+) -> None:
+    """No switch of peft's turns them off."""
+    model: Any = get_peft_model(tiny_llama(attention_bias=True), LoraConfig(**LORA, bias="all"))
+    if start == "trained before":
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.rand_like(parameter) if parameter.requires_grad else 0
+    trainer = fastdpo.DPOTrainer(model, args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer)
+    pair = fastdpo.data.TokenPair([3, 4, 5], [6, 7, 8], [9, 10])
+    batch, reference = trainer.layout.collate([pair]), trainer.reference
+    bias = next(value for name, value in model.named_parameters() if name.endswith("q_proj.base_layer.bias"))
+    before, started = reference.compute(batch), bias.detach().clone()
+    trainer.train()
+    trained = bias.detach().clone()
+    assert not torch.equal(trained, started)
+    assert torch.equal(reference.compute(batch), before) and torch.equal(bias, trained)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("VeRA", "LN tuning", "adaption prompt")])
 @pytest.mark.filterwarnings("ignore")
 def test_another_adapter_takes_part_as_peft_has_it_and_afterwards_all_is_as_before(kind: str) -> None:

@@ -21,6 +21,7 @@ from op_contract import (
     assert_every_element_is_written,
     assert_inputs_stay,
     assert_same,
+    assert_saved_tensors_may_come_back_with_other_strides,
     exactly,
     run,
     saved_beside,
@@ -415,6 +416,12 @@ def test_every_element_that_comes_out_is_written(
 ) -> None:
     given = inputs(rotated, torch.float32, method, layout)
     assert_every_element_is_written(ours(method, **layout), given, LEAVES, monkeypatch)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_right_where_what_was_saved_comes_back_with_other_strides(method: str) -> None:
+    given = {**heads(method=method), **factors(E, torch.float32, method)}
+    assert_saved_tensors_may_come_back_with_other_strides(ours(method), given, LEAVES)
 
 
 @pytest.mark.parametrize("method", METHODS)

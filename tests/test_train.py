@@ -698,6 +698,63 @@ def test_adapters_that_packed_pairs_have_no_place_for_are_refused(rows, tokenize
             fastdpo.train(model, rows, processing_class=tokenizer, peft_config=peft_config, **quick)
 
 
+def test_adapters_that_only_peft_models_own_forward_turns_on_are_refused(rows, tokenizer, quick) -> None:
+    """The backbone is called on its own: aLoRA trained nothing, at a loss of 0.6931."""
+    from peft import XLoraConfig
+
+    invoked = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", alora_invocation_tokens=[3, 4])
+    routed = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={})
+    for config, said in ((invoked, r"alora_invocation_tokens \(aLoRA\)"), (routed, "XLoraConfig needs calls")):
+        with pytest.raises(ValueError, match=said):
+            fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, peft_config=config, **quick)
+    with pytest.raises(ValueError, match=r"\(aLoRA\)"):
+        fastdpo.token_logps(get_peft_model(tiny_llama(), invoked), torch.arange(3, 9)[None])
+
+
+def test_merged_adapters_are_refused_as_they_would_not_train(rows, tokenizer, quick) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged adapters .default.* call unmerge_adapter"):
+        fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+
+
+def test_a_gradient_of_exactly_zero_is_told_of_once(rows, tokenizer, quick, caplog) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data.zero_()  # as B is: neither has a gradient
+    fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+    assert caplog.text.count("the gradient norm is exactly 0") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_target_modules": ["nowhere"]}, "nowhere"),
+        ({"lora_target_modules": ["q_proj", "lm_head"], "use_dora": True}, "on the LM head .* leave the head out"),
+        (
+            {"lora_target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.1, "disable_dropout": False},
+            "on the LM head .* leave the head out",
+        ),
+    ],
+    ids=["no such module", "DoRA on the head", "dropout on the head"],
+)
+def test_lora_that_a_model_cannot_have_is_refused_before_its_weights_load(
+    options, said, rows, tokenizer, quick, tmp_path
+) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(ValueError, match=said):
+        fastdpo.train(str(tmp_path / "model"), rows, processing_class=tokenizer, use_peft=True, **options, **quick)
+
+
+def test_dropout_of_adapters_that_is_off_is_named_with_what_turns_it_on(rows, tokenizer, quick, caplog) -> None:
+    with caplog.at_level(logging.INFO, "fastdpo"):
+        config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.3)
+        fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, peft_config=config, **quick)
+    assert "dropout off, lora_dropout=0.3 of the adapters included (disable_dropout=False turns it on)" in caplog.text
+
+
 # Every loss through the trainer
 
 

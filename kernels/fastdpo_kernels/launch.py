@@ -56,6 +56,25 @@ EXAMPLES = {
     "RTX 5090": Device("cuda", 120, 170, 32 * 2**30, SHARED_BYTES[120]),
     "MI300X": Device("hip", "gfx942", 304, 192 * 2**30, SHARED_BYTES["gfx942"]),
 }
+# Cards to plan for, by their makers' data sheets: capability, multiprocessors, GiB.
+CARDS = EXAMPLES | {
+    name: Device("cuda", arch, multiprocessors, gib * 2**30, SHARED_BYTES[arch])
+    for name, arch, multiprocessors, gib in (
+        ("RTX 3060", 86, 28, 12),
+        ("RTX 3070", 86, 46, 8),
+        ("RTX 3080", 86, 68, 10),
+        ("A6000", 86, 84, 48),
+        ("RTX 4060", 89, 24, 8),
+        ("RTX 4070", 89, 46, 12),
+        ("RTX 4080", 89, 76, 16),
+        ("L4", 89, 58, 24),
+        ("L40S", 89, 142, 48),
+        ("H100", 90, 132, 80),
+        ("RTX 5060", 120, 30, 8),
+        ("RTX 5070", 120, 48, 12),
+        ("RTX 5080", 120, 84, 16),
+    )
+}
 INTERPRETER = Device("interpreter", memory_bytes=8 * 2**30)
 
 _pretended: Device | None = None

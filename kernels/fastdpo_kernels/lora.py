@@ -9,8 +9,8 @@ Plain autograd over peft's layers keeps, for each adapter, a copy of x in the ad
 scaling, and for a MLP act(gate), h and a cast of it as well. Kept here: x, the (N, r) products u, and gate and up of a
 MLP; the backward makes h again. For the MLP of an 8B model (I=14336, D=4096) at N=8192 that are 537 MB of bf16, plus
 0.3 MB for each adapter of rank 16. What else is as wide as a MLP (h, dh, dup) is there for `launch.MLP_ROWS` rows at a
-time. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way,
-and only one is there at a time.
+time. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way, for a MLP once each way and
+`launch.MLP_ROWS` rows, and only one is there at a time.
 
 Products are cuBLAS's. Which of them are joined, by what they read and write at N=8192, I=O=4096, r=16 in bf16 (x and y
 67 MB each, 16 us on an H200; unmeasured):
@@ -35,7 +35,8 @@ Legend: N rows of x, I columns, O columns of y, r rank, R the ranks of the adapt
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,22 +224,26 @@ def _forward(x: Tensor, projections: Sequence[Projection], factors: Factors) -> 
     stacked, outputs = _stacked(factors, x.dtype), []
     low = None if stacked is None else x @ stacked.T
     for projection, part, b in zip(projections, _parts(low, factors), factors[1::2], strict=True):
-        weight, bias = _dense(projection.weight, x.dtype), projection.bias
-        y = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+        bias = projection.bias
+        with _dense(projection.weight, x.dtype) as weight:
+            y = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
         if part is not None and b is not None and projection.adapter is not None:
             y.addmm_(part, b.to(x.dtype).T, alpha=projection.adapter.scaling)
         outputs.append(y)
     return outputs, low
 
 
-def _dense(weight: Tensor | nf4.Packed, dtype: torch.dtype) -> Tensor:
-    """(O, I); what is not there in this dtype lies in the scratch buffer, until the next one is asked for."""
+@contextmanager
+def _dense(weight: Tensor | nf4.Packed, dtype: torch.dtype) -> Iterator[Tensor]:
+    """(O, I); what is not there in this dtype lies in the scratch buffer, which is no other thread's meanwhile."""
     if isinstance(weight, Tensor) and weight.dtype == dtype:
-        return weight.detach()
-    packed = isinstance(weight, nf4.Packed)
+        yield weight.detach()
+        return
     rows, columns = weight.shape
-    out = nf4.scratch(rows * columns, dtype, weight.data.device).view(rows, columns)
-    return nf4.dequantize(weight, dtype, out=out) if packed else out.copy_(weight.detach())
+    with nf4.scratch_lock:
+        out = nf4.scratch(rows * columns, dtype, weight.data.device).view(rows, columns)
+        packed = isinstance(weight, nf4.Packed)
+        yield nf4.dequantize(weight, dtype, out=out) if packed else out.copy_(weight.detach())
 
 
 def _stacked(factors: Factors, dtype: torch.dtype) -> Tensor | None:
@@ -286,8 +291,8 @@ def _input_gradient(
         total = grad_low @ stacked
     for grad, projection in zip(grads, projections, strict=True):
         if grad is not None:
-            weight = _dense(projection.weight, grad.dtype)
-            total = grad @ weight if total is None else total.addmm_(grad, weight)
+            with _dense(projection.weight, grad.dtype) as weight:
+                total = grad @ weight if total is None else total.addmm_(grad, weight)
     return total
 
 

@@ -17,6 +17,7 @@ Legend: O, I the weight's rows and columns, n = O I, b blocks of `blocksize` ele
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +117,17 @@ def method_report(device: torch.device | None = None) -> list[tuple[str, str]]:
 # The buffer
 
 _scratch: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+scratch_lock = threading.RLock()
 
 
 def scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(numel,) of a device's, dtype's and stream's one buffer, which grows when needed and is never given up.
 
     Whoever asks again gets the same memory, so what it holds is to be used up before that, on the stream that was
-    current when it was asked for. A stream is driven by one thread at a time. A tensor of its own where tensors are
-    made that are no memory, as by FakeTensorMode.
+    current when it was asked for. `scratch_lock` is to be held from asking until that use is enqueued: threads share a
+    GPU's default stream, which keeps what they enqueue in order, and a CPU is done by then. A buffer for each thread
+    would need no lock, and twice the memory: autograd's backward runs in a thread of its own. A tensor of its own where
+    tensors are made that are no memory, as by FakeTensorMode.
     """
     if type(torch.empty(0)) is not Tensor:
         return torch.empty(numel, dtype=dtype, device=device)
