@@ -45,6 +45,7 @@ from fastdpo.model import (
     prepare_precision,
 )
 from fastdpo.quantized import is_quantized, quantization, quantized_by
+from fastdpo.ranks import BUCKET_BYTES
 from fastdpo_kernels import launch
 
 logger = logging.getLogger(__name__)
@@ -572,7 +573,7 @@ def _plan(
         adapters=adapters,
         reference=reference,
         ahead=ahead,
-        gradients=trained,
+        gradients=trained + (min(BUCKET_BYTES, trained) if config.world_size > 1 else 0),  # summed in a buffer
         optimizer_states=states,
         update=4 * numbers if str(getattr(config.optim, "value", config.optim)) in _IN_LISTS else 0,
         products=_cublas_workspaces(device),

@@ -19,7 +19,7 @@ from conftest import praise_and_scolding, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from test_out_of_memory import Operations
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 import fastdpo
 from fastdpo import checkpoint
@@ -127,6 +127,23 @@ def weights_that_differ_at_first(out: Path, count: int) -> dict[str, Any]:
     if count > 1 and torch.distributed.is_initialized() and torch.distributed.get_rank():
         model = tiny_llama(initializer_range=0.3)
     return run(out, count, model=model)
+
+
+def quantised_weights_that_differ_at_first(out: Path, count: int) -> dict[str, Any]:
+    """Their scales are no parameters."""
+    where, several = out / f"base-{count}", count > 1
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(where)  # of the first process alone, it sees to
+    if several:
+        fastdpo.DPOConfig(**options(out, count))  # which connects the processes
+        torch.distributed.barrier()
+    packed = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(where, quantization_config=packed, dtype=torch.float32)
+    if several and torch.distributed.get_rank():
+        for parameter in model.parameters():
+            if state := getattr(parameter, "quant_state", None):
+                for tensor in (parameter.data, state.absmax, state.state2.absmax, state.offset):
+                    tensor.mul_(3)
+    return run(out, count, model=model, lora=True, max_steps=2)
 
 
 def remembered(out: Path, count: int) -> dict[str, Any]:
@@ -341,7 +358,15 @@ SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         *(lora_with_evaluation, matched, running_mean, predicted, token_mean, padded, a_last_batch_of_one_pair, stream),
-        *(weights_that_differ_at_first, remembered, precomputed, best, noisy, a_pair_that_never_fits),
+        *(
+            weights_that_differ_at_first,
+            quantised_weights_that_differ_at_first,
+            remembered,
+            precomputed,
+            best,
+            noisy,
+            a_pair_that_never_fits,
+        ),
         *(slow_to_save, stopped_by_one, workers, evaluated_out_of_memory, gradients_that_only_some_have),
         rows_that_differ,
     )

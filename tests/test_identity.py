@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import fastdpo
 from fastdpo.data import row_key
 from fastdpo.identity import WRITTEN, base_tensors, files_digest, tensors_digest, weight_files
-from fastdpo.reference_cache import _pairs, reference_identity
+from fastdpo.reference_cache import pairs_of_table, reference_identity
 
 
 def identity(model: Any, rows: Any, tokenizer: Any, quick: dict[str, Any], **options: Any) -> dict[str, str]:
@@ -123,7 +123,7 @@ def test_a_changed_row_template_or_truncation_is_another_row(change, quick) -> N
             tiny_llama(), args=fastdpo.DPOConfig(**quick | options), train_dataset=[row], processing_class=tokenizer
         )
         assert isinstance(run.train_dataset, Dataset)
-        keys += [row_key(pair) for pair in _pairs(run.train_dataset)]
+        keys += [row_key(pair) for pair in pairs_of_table(run.train_dataset)]
     assert len(keys) == len(set(keys)) == 2
 
 

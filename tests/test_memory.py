@@ -28,7 +28,7 @@ from fastdpo.memory import GiB, MiB, PairLengths, Plan, meta_policy, optimizer_b
 from fastdpo.model import Policy, base_model, checkpointing, load_model_config, output_head, without_dropout
 from fastdpo.optimizer import build_optimizer
 from fastdpo.patching import patched
-from fastdpo.ranks import Ranks
+from fastdpo.ranks import BUCKET_BYTES, Ranks
 from fastdpo.reference import NoReference
 from fastdpo_kernels import launch
 from fastdpo_kernels.linear_logps import linear_logps
@@ -501,6 +501,15 @@ def test_what_does_not_fit_says_which_settings_to_change(tmp_path) -> None:
 def test_a_pair_too_long_for_every_setting_is_to_be_cut(tmp_path) -> None:
     plan = plan_of(options(tmp_path, use_peft=True, bf16=True), 20, lengths=PairLengths(0, 60_000, 60_000))
     assert plan.settings_to_change[-1].startswith("max_length=")
+
+
+def test_several_processes_sum_gradients_in_a_buffer_that_is_planned(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, full = options(tmp_path, use_peft=True, bf16=True), options(tmp_path, bf16=True)
+    alone = [plan_of(config, 80, AutoConfig.for_model("llama", **SIZES)).gradients for config in (lora, full)]
+    monkeypatch.setattr(DPOConfig, "world_size", 2)
+    several = [plan_of(config, 80, AutoConfig.for_model("llama", **SIZES)).gradients for config in (lora, full)]
+    more = [after - before for before, after in zip(alone, several, strict=True)]
+    assert more == [min(BUCKET_BYTES, trained) for trained in alone]
 
 
 def test_weights_beyond_the_card_are_said_to_be_so(tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from ranks_program import OUT_OF_MEMORY, SCENARIOS
 
 import fastdpo
 from fastdpo.batch import deal
+from fastdpo.messages import show_messages
 
 TESTS = Path(__file__).parent
 PROCESSES = (2, 3)
@@ -198,6 +200,25 @@ def test_processes_that_would_each_train_alone_are_refused(monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched.*use_cpu=True"):
         fastdpo.DPOConfig(**quick).validate()
+
+
+@pytest.mark.parametrize(("replica", "level"), [("warning", "ERROR"), ("info", "INFO"), ("error", "ERROR")])
+def test_a_process_beside_the_first_speaks_of_errors_unless_asked_for_more(
+    replica: str, level: str, quick: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = fastdpo.DPOConfig(**quick, log_level_replica=replica)
+    monkeypatch.setattr(fastdpo.DPOConfig, "should_log", False)
+    show_messages(config)
+    assert logging.getLevelName(logging.getLogger("fastdpo").level) == level
+
+
+def test_more_processes_than_gpus_are_refused(quick: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = fastdpo.DPOConfig(**quick)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(fastdpo.DPOConfig, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="4 processes were launched on 2 GPUs"):
+        config._check_devices()
 
 
 def test_an_engine_that_shards_is_refused(monkeypatch: pytest.MonkeyPatch, quick: dict) -> None:

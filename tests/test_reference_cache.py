@@ -23,7 +23,7 @@ from fastdpo import cli
 from fastdpo.batch import PreferenceBatch
 from fastdpo.data import row_key
 from fastdpo.reference import Reference
-from fastdpo.reference_cache import CHECKED_ROWS, _pairs, load, save
+from fastdpo.reference_cache import CHECKED_ROWS, load, pairs_of_table, save
 
 EVERY_LINEAR = LoraConfig(r=4, target_modules="all-linear")
 AHEAD = {"precompute_ref_log_probs": True}
@@ -199,7 +199,7 @@ def test_a_stream_is_computed_online_and_the_run_says_so(rows, tokenizer, quick,
 def test_the_keys_of_arrow_s_values_are_those_of_a_batch(rows, tokenizer, quick) -> None:
     table = trainer(rows, tokenizer, quick).train_dataset.select(range(20, 2, -3))
     listed = [row_key(fastdpo.data.TokenPair(*row.values())) for row in table]  # type: ignore[attr-defined]
-    assert [row_key(pair) for pair in _pairs(table)] == listed
+    assert [row_key(pair) for pair in pairs_of_table(table)] == listed
 
 
 def file_of(cache: Path) -> Path:

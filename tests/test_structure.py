@@ -42,7 +42,7 @@ MAY_IMPORT = {
         *("attention", "attention_backends", "batch", "data", "layout", "model", "offload", "patching"),
         *("projections", "quantized"),
     },
-    "memory": {"activations", "attention_backends", "config", "data", "losses", "model", "quantized"},
+    "memory": {"activations", "attention_backends", "config", "data", "losses", "model", "quantized", "ranks"},
     "reference_cache": {"batch", "config", "data", "identity", "layout", "loader", "ranks", "reference", "retry"},
     "step": {"batch", "losses", "model", "ranks"},
     "metrics": {"ranks", "step"},
