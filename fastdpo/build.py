@@ -34,6 +34,7 @@ from fastdpo.metrics import RunFiles
 from fastdpo.model import (
     Policy,
     add_adapters,
+    balances_routers,
     base_model,
     check_model,
     compute_dtype,
@@ -215,7 +216,25 @@ def build_policy(model: Model, peft_config: Any, config: DPOConfig, ranks: Ranks
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     prepare_precision(loaded, autocast)
     ranks.equalise(place(loaded, config.device))
-    return Policy(loaded, autocast, noisy=not config.disable_dropout).train()
+    policy = Policy(loaded, autocast, noisy=not config.disable_dropout).train()
+    policy.router_coef = _router_coef(base_model(loaded), config)
+    return policy
+
+
+def _router_coef(model: PreTrainedModel, config: DPOConfig) -> float:
+    """As the option has it, else as the model's config asks for. Raises ValueError for a model without such a loss."""
+    own: Any = model.config.get_text_config()
+    asked, declared = getattr(own, "output_router_logits", False), getattr(own, "router_aux_loss_coef", 0.0) or 0.0
+    chosen = config.router_aux_loss_coef
+    if chosen is None and declared and not asked and balances_routers(model):
+        logger.info("routers: no auxiliary loss; TRL 1.16 adds %g times it (router_aux_loss_coef)", declared)
+    coef = (declared if asked else 0.0) if chosen is None else chosen
+    if coef and not balances_routers(model):
+        raise ValueError(
+            f"router_aux_loss_coef={coef:g}, and {type(model).__name__} has no auxiliary loss of routers: leave it "
+            "out, or set output_router_logits=False in the model's config"
+        )
+    return coef
 
 
 def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig, ranks: Ranks) -> Policy | None:
@@ -479,8 +498,8 @@ def describe(
         logger.info("processes: %d, each with the whole model; gradients are summed once a step", ranks.count)
     logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)
     logger.info("reference: %s", reference.description)
-    if getattr(base_model(policy.model).config.get_text_config(), "output_router_logits", False):
-        logger.warning("the model's config asks for a router's auxiliary loss, which is not added in this version")
+    if policy.router_coef:
+        logger.info("routers: %g times their auxiliary loss is added, of each micro-batch", policy.router_coef)
     if config.attn_implementation and layout.packed:
         where = "packed batches and" if policy.asked_attention else "what is not packed, such as"
         logger.info("attention of %s generation: %s, as asked for", where, config.attn_implementation)

@@ -221,7 +221,9 @@ class DPOConfig(TrainingArguments):
     ref_model_init_kwargs: dict | str | None = _option(
         None, "Arguments of from_pretrained for ref_model, in place of model_init_kwargs."
     )
-    router_aux_loss_coef: float | None = _later(None)
+    router_aux_loss_coef: float | None = _option(
+        None, "Weight of the routers' auxiliary loss of a mixture of experts. Unset: as the model's config asks for."
+    )
     generate_during_eval: bool = _later(False)
     is_encoder_decoder: bool | None = _later(None)
     max_target_length: int | None = _later(None)

@@ -17,17 +17,18 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastdpo.ranks import Ranks
-from fastdpo.step import PAIR_METRICS, SUMS, TOKEN_METRICS, PreferenceStep
+from fastdpo.step import PAIR_METRICS, ROUTER_METRICS, SUMS, TOKEN_METRICS, PreferenceStep
 
 _COUNTS = {"entropy": "scored_tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens"}
 _COUNTS["mean_token_accuracy"] = "chosen_tokens"
 
 
 class MetricSums:
-    """Adds up step.SUMS vectors without waiting for them."""
+    """Adds up step.SUMS vectors without waiting for them; `routers`: their auxiliary loss is among what is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, routers: bool) -> None:
         self.sums: Tensor | None = None
+        self.routers = routers
 
     def add(self, sums: Tensor, skip_non_finite: bool = False) -> None:
         """`skip_non_finite` leaves out a vector with NaN or infinity in it (`logging_nan_inf_filter`)."""
@@ -45,8 +46,8 @@ class MetricSums:
         sums: dict[str, float] = dict(zip(SUMS, values, strict=False))
         sums["scored_tokens"] = sums["chosen_tokens"] + sums["rejected_tokens"]
         self.sums = None
-        metrics = {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in PAIR_METRICS + TOKEN_METRICS}
-        return metrics, values[len(SUMS) :]
+        names = PAIR_METRICS + TOKEN_METRICS + (ROUTER_METRICS if self.routers else ())
+        return {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in names}, values[len(SUMS) :]
 
 
 def _is_json(value: Any) -> bool:
@@ -72,7 +73,7 @@ class Running:
     logged_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.sums = MetricSums()
+        self.sums = MetricSums(bool(self.step.router_coef))
 
     def logged(self, loss: float, step: int) -> None:
         """The mean over the run, from the means over its windows of steps."""

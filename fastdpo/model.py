@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -409,6 +410,11 @@ def _check_plain(tuner: BaseTunerLayer, adapter: str) -> None:
         )
 
 
+def balances_routers(model: PreTrainedModel) -> bool:
+    """Whether transformers has an auxiliary loss for this model's routers (Switch Transformers, arXiv:2101.03961)."""
+    return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func") and hasattr(model, "num_experts")
+
+
 class Policy(nn.Module):
     """The one module that the engine wraps: a PreferenceBatch in, token log-probs out; backbone and head inside.
 
@@ -421,18 +427,24 @@ class Policy(nn.Module):
         self.model = model
         self.autocast = autocast
         self.noisy = noisy
+        self.router_coef = 0.0  # of the routers' auxiliary loss, which is computed where it is not 0
         self.checkpointed: list[Any] = []  # blocks that checkpoint, while `checkpointing` is on
         self.train(model.training)
         self.configs = attention_configs(model)
         self.asked_attention = asked_attention(base_model(model))
 
     def forward(self, batch: PreferenceBatch, stats: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> (N,) fp32 log-probs of batch.targets, and (N,) of each statistic that `linear_logps` knows."""
+        """-> (N,) fp32 log-probs of batch.targets, and (N,) of each statistic that `linear_logps` knows.
+
+        With statistics, and a `router_coef`, also "router_loss", 0-dim, with a gradient.
+        """
         device = batch.input_ids.device.type
         with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             head = output_head(base_model(self.model))
-            return linear_logps(
-                head.inputs(self.hidden_rows(batch)),
+            routers = bool(stats and self.router_coef)
+            outputs = self._outputs(batch, {"output_router_logits": True} if routers else {})
+            logps, found = linear_logps(
+                head.inputs(_scored_rows(outputs, batch)),
                 head.weight,
                 batch.targets,
                 head.bias,
@@ -440,10 +452,26 @@ class Policy(nn.Module):
                 softcap=head.softcap,
                 stats=stats,
             )
+            return logps, {**found, "router_loss": self._router_loss(outputs, batch)} if routers else found
 
     def hidden_rows(self, batch: PreferenceBatch) -> Tensor:
         """(N, D): final hidden states of the rows that predict a response token, and of no others."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        return _scored_rows(self._outputs(batch, {}), batch)
+
+    def _router_loss(self, outputs: Any, batch: PreferenceBatch) -> Tensor:
+        """transformers' own for the padded batch: a shared prompt's tokens count twice."""
+        model: Any = base_model(self.model)
+        weights = batch.attention_mask
+        if batch.segments is not None:
+            index = batch.segments.key_index
+            ones = torch.ones(index.shape, device=index.device)
+            weights = ones.new_zeros(batch.input_ids.numel()).index_add_(0, index, ones).view(batch.input_ids.shape)
+        loss = sys.modules[type(model).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+        return loss(outputs.router_logits, model.num_experts, model.num_experts_per_tok, weights)
+
+    def _outputs(self, batch: PreferenceBatch, more: Mapping[str, Any]) -> Any:
+        """The backbone's."""
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **more}
         attention: AbstractContextManager[None] = nullcontext()
         if batch.segments is None:
             inputs["attention_mask"] = batch.attention_mask
@@ -455,10 +483,13 @@ class Policy(nn.Module):
         set_checkpointing(checkpointed, True)
         try:
             with attention:
-                hidden = backbone(base_model(self.model))(**inputs).last_hidden_state
+                return backbone(base_model(self.model))(**inputs)
         finally:
             set_checkpointing(checkpointed, False)
-        return hidden.flatten(0, 1).index_select(0, batch.logit_rows)
+
+
+def _scored_rows(outputs: Any, batch: PreferenceBatch) -> Tensor:
+    return outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
 
 
 @contextmanager

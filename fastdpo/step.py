@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,10 @@ PAIR_METRICS: tuple[str, ...] = (
     "logps/rejected",
 )
 TOKEN_METRICS: tuple[str, ...] = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy")
-SUMS: tuple[str, ...] = ("pairs", *PAIR_METRICS, "chosen_tokens", "rejected_tokens", *TOKEN_METRICS)
+ROUTER_METRICS: tuple[str, ...] = ("aux_loss",)  # of mixtures of experts whose routers are balanced
+SUMS: tuple[str, ...] = (
+    *("pairs", *PAIR_METRICS, "chosen_tokens", "rejected_tokens", *TOKEN_METRICS, *ROUTER_METRICS),
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,14 @@ class MeanReward:
         self.value = self.value + (rewards.mean() - self.value) * (rewards.shape[0] / self.pairs)
 
 
+class Computed(NamedTuple):
+    """Of one micro-batch."""
+
+    loss: Tensor  # 0-dim: its part of the optimizer batch's mean, to differentiate
+    pairs: PairLoss
+    sums: Tensor  # (len(SUMS),) fp64, without gradient
+
+
 @dataclass(frozen=True)
 class PreferenceStep:
     """The method with everything that varies chosen: call it with an optimizer batch."""
@@ -64,9 +76,10 @@ class PreferenceStep:
     mean_reward: MeanReward | None = None
     training: bool = True  # the mean reward moves
     ranks: Ranks = Ranks()
+    router_coef: float = 0.0
 
-    def __call__(self, whole: OptimizerBatch) -> Iterator[tuple[PairLoss, Tensor]]:
-        """-> for each micro-batch in turn its losses and (len(SUMS),) fp64 metric sums without gradient.
+    def __call__(self, whole: OptimizerBatch) -> Iterator[Computed]:
+        """-> for each micro-batch in turn. The routers' auxiliary loss is a micro-batch's own, weighted by its pairs.
 
         A loss that couples pairs couples those of the whole optimizer batch. Where that is several micro-batches, a
         pass without gradients goes ahead for their log-probs.
@@ -89,7 +102,10 @@ class PreferenceStep:
                 mean_reward=None if self.mean_reward is None else self.mean_reward.value,
                 tokens_per_pair=tokens_per_pair,
             )
-            yield result, self._sums(result, stats, batch)
+            loss = result.losses.sum() / whole.num_pairs
+            if self.router_coef:
+                loss = loss + self.router_coef * stats["router_loss"] * (batch.num_pairs / whole.num_pairs)
+            yield Computed(loss, result, self._sums(result, stats, batch))
 
     @property
     def _couples_pairs(self) -> bool:
@@ -138,4 +154,8 @@ class PreferenceStep:
         tokens = torch.stack([torch.ones_like(stats["entropy"]), *(stats[name] for name in TOKEN_STATS)], 1)
         chosen, rejected = sequence_sums(tokens, batch.cu_seqlens).view(-1, 2, 4).double().sum(0)
         by_token = [chosen[0], rejected[0], chosen[1] + rejected[1], chosen[2], rejected[2], chosen[3]]
-        return torch.cat([per_pair.double().sum(0), result.logps.double().sum(0), torch.stack(by_token)])
+        by_pair, router = per_pair.double().sum(0), margins.new_zeros((), dtype=torch.float64)
+        if self.router_coef:
+            router = stats["router_loss"].detach().double() * batch.num_pairs
+            by_pair[1] += self.router_coef * router
+        return torch.cat([by_pair, result.logps.double().sum(0), torch.stack(by_token), router[None]])

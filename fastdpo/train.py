@@ -267,12 +267,12 @@ class DPOTrainer(Surface):
         args, running = self.args, self._running
         whole = whole.to(args.device, non_blocking=True)
         vectors = []
-        for index, (result, sums) in enumerate(running.step(whole)):
+        for index, (loss, result, sums) in enumerate(running.step(whole)):
             if not self._margins_checked and whole.microbatches[index].num_pairs:
                 self._check_first_margins(result, whole.microbatches[index])
                 self._margins_checked = True
             vectors.append(sums)
-            self.accelerator.backward(self.scaler.scale(result.losses.sum() / whole.num_pairs))
+            self.accelerator.backward(self.scaler.scale(loss))
             if self._substeps <= index < len(whole.microbatches) - 1:
                 self._substeps += 1  # done again in smaller parts, none is told of twice
                 self.control = self.callback_handler.on_substep_end(args, self.state, self.control)
@@ -413,7 +413,8 @@ class DPOTrainer(Surface):
     ) -> dict[str, float]:
         """-> its metrics; into `rewards` goes the (2,) of each row of this process's share, by row key."""
         started = time.time()
-        step, sums, pairs, count = self._preference_step(training=False), MetricSums(), 0, 0
+        step, pairs, count = self._preference_step(training=False), 0, 0
+        sums = MetricSums(bool(step.router_coef))
         loader = eval_loader(table, self.layout, self.args, self.ranks)
         training = self.policy.training
         self.policy.eval()
@@ -423,7 +424,7 @@ class DPOTrainer(Surface):
         def add(whole: OptimizerBatch) -> None:
             nonlocal sums, pairs
             window, found = copy.copy(sums), []
-            for result, summed in step(whole.to(self.args.device, non_blocking=True)):
+            for _, result, summed in step(whole.to(self.args.device, non_blocking=True)):
                 window.add(summed)
                 found.append(result.rewards)
             self.ranks.agree()
@@ -517,7 +518,8 @@ class DPOTrainer(Surface):
                 gc.enable()
 
     def _preference_step(self, training: bool) -> PreferenceStep:
-        return PreferenceStep(self.policy, self.reference, self.loss, self.mean_reward, training, self.ranks)
+        chosen = self.loss, self.mean_reward, training, self.ranks, self.policy.router_coef
+        return PreferenceStep(self.policy, self.reference, *chosen)
 
     def _new_state(self, **fields: Any) -> TrainerState:
         main, local_main = self.accelerator.is_main_process, self.accelerator.is_local_main_process

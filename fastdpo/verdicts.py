@@ -40,7 +40,8 @@ _WORKS = {
     "data": "dataset_train_split dataset_test_split max_length max_prompt_length max_completion_length truncation_mode "
     "dataset_num_proc remove_unused_columns",
     "preference loss": "loss_type loss_weights beta label_smoothing discopop_tau simpo_gamma cpo_alpha "
-    "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free",
+    "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free "
+    "router_aux_loss_coef",
     "reference": "precompute_ref_log_probs precompute_ref_batch_size ref_log_probs sync_ref_model "
     "ref_model_mixup_alpha ref_model_sync_steps model_adapter_name ref_adapter_name force_use_ref_model "
     "ref_model_init_kwargs",
@@ -93,7 +94,6 @@ _NOT_YET = {
     "hub_private_repo hub_always_push hub_revision",
     ("compute_metrics", "read the metrics that every evaluation logs"): "eval_accumulation_steps batch_eval_metrics "
     "eval_do_concat_batches include_for_metrics include_inputs_for_metrics",
-    ("a router's auxiliary loss", "leave it at its default"): "router_aux_loss_coef",
     ("evaluating in another precision", "set bf16=True or fp16=True, which evaluation follows"): "bf16_full_eval "
     "fp16_full_eval",
     ("embedding noise", "leave it off"): "neftune_noise_alpha",
@@ -210,7 +210,7 @@ RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ),
     (
         "weight_decay max_grad_norm warmup_steps eval_delay dataloader_num_workers seed data_seed logging_steps "
-        "eval_steps save_steps rpo_alpha simpo_gamma cpo_alpha",
+        "eval_steps save_steps rpo_alpha simpo_gamma cpo_alpha router_aux_loss_coef",
         "0 or above",
         lambda value: value >= 0,
     ),

@@ -219,7 +219,7 @@ def test_nothing_of_a_failed_attempt_is_alive_in_the_next(rows: list, tokenizer:
         graphs = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and item.grad_fn is not None]
         alive.append(len(graphs))
         if len(alive) == 1:
-            activations = [result.losses for result, _ in trainer._running.step(batches)]
+            activations = [computed.loss for computed in trainer._running.step(batches)]
             assert activations[0].grad_fn is not None
             raise torch.OutOfMemoryError("CUDA out of memory.")
         backward(batches)

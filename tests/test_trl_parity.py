@@ -25,7 +25,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers_for_tests import TEXT, byte_level
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedModel
 
 import fastdpo
 
@@ -52,10 +52,11 @@ class Case:
     learning_rate: float
     tied: bool = False
     weights: tuple[float, ...] | None = None  # of the losses in `loss`, joined by +
+    router_coef: float | None = None  # of a mixture of experts
     synced: tuple[float, int] | None = None  # share of the policy in the reference, and every how many steps
 
     def __str__(self) -> str:
-        more = "tied-" * self.tied + "synced-" * bool(self.synced)
+        more = "tied-" * self.tied + "synced-" * bool(self.synced) + "experts-" * bool(self.router_coef)
         return f"{self.loss}-{'lora' if self.lora else 'full'}-{more}accumulate{self.accumulation}"
 
 
@@ -71,6 +72,8 @@ CASES = (
     Case("apo_zero", 0.5, lora=True, accumulation=2, learning_rate=1e-2),
     Case("sppo_hard", 0.3, lora=False, accumulation=2, learning_rate=1e-3),
     Case("sigmoid", 0.5, lora=False, accumulation=2, learning_rate=1e-3, synced=(0.6, 3)),
+    Case("sigmoid", 0.5, lora=False, accumulation=1, learning_rate=1e-3, router_coef=0.1),
+    Case("ipo", 0.1, lora=True, accumulation=1, learning_rate=1e-2, router_coef=0.1),
     # sft is a mean over the tokens of the optimizer batch here, of the micro-batch there
     Case("sigmoid+sft", 0.2, lora=True, accumulation=1, learning_rate=1e-2, weights=(1.0, 0.3)),
 )
@@ -89,10 +92,11 @@ def make_rows() -> dict[str, list[str]]:
     return dict(zip(("prompt", "chosen", "rejected"), map(list, zip(*rows, strict=True)), strict=True))
 
 
-def make_model(vocabulary: int, tied: bool) -> LlamaForCausalLM:
+def make_model(vocabulary: int, tied: bool, experts: bool) -> PreTrainedModel:
     """Weights much larger than a fresh model's, so that log-probs differ from row to row and soon move."""
     torch.manual_seed(1)
-    config = LlamaConfig(
+    kind, more = (MixtralConfig, {"num_local_experts": 4}) if experts else (LlamaConfig, {})
+    config = kind(
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=64,
@@ -102,8 +106,9 @@ def make_model(vocabulary: int, tied: bool) -> LlamaForCausalLM:
         max_position_embeddings=512,
         initializer_range=0.2,
         tie_word_embeddings=tied,
+        **more,
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def options(case: Case, output_dir: Path) -> dict[str, Any]:
@@ -112,6 +117,7 @@ def options(case: Case, output_dir: Path) -> dict[str, Any]:
         "output_dir": str(output_dir),
         "loss_type": case.loss.split("+"),
         "loss_weights": None if case.weights is None else list(case.weights),
+        "router_aux_loss_coef": case.router_coef,
         **(SYNCED if case.synced is None else dict(zip(SYNCED, (True, *case.synced), strict=True))),
         "beta": case.beta,
         "learning_rate": case.learning_rate,
@@ -151,7 +157,7 @@ class Run:
 
 
 def train_with_trl(
-    case: Case, model: LlamaForCausalLM, tokenizer: Any, adapters: LoraConfig | None, folder: Path
+    case: Case, model: PreTrainedModel, tokenizer: Any, adapters: LoraConfig | None, folder: Path
 ) -> Run:
     trainer = trl.DPOTrainer(
         copy.deepcopy(model),
@@ -166,15 +172,17 @@ def train_with_trl(
 
 def train_with_fastdpo(
     case: Case,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Any,
     adapters: LoraConfig | None,
     folder: Path,
     start: dict[str, Tensor],
 ) -> Run:
+    # the routers' auxiliary loss is a micro-batch's own
+    one_microbatch: dict[str, Any] = {"max_tokens_per_microbatch": 100_000} if case.router_coef else {}
     trainer = fastdpo.DPOTrainer(
         copy.deepcopy(model),
-        args=fastdpo.DPOConfig(**options(case, folder)),
+        args=fastdpo.DPOConfig(**options(case, folder), **one_microbatch),
         train_dataset=make_rows(),
         processing_class=tokenizer,
         peft_config=copy.deepcopy(adapters),
@@ -202,7 +210,7 @@ def one_thread() -> Iterator[None]:
 def train_both(case: Case, folder: Path) -> tuple[Run, Run]:
     """One after the other: either trainer's config takes Accelerate's state of the process from the other."""
     tokenizer = byte_level(adds_bos=True)
-    model = make_model(len(tokenizer), case.tied)
+    model = make_model(len(tokenizer), case.tied, case.router_coef is not None)
     adapters = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear") if case.lora else None
     theirs = train_with_trl(case, model, tokenizer, adapters, folder / "trl")
     return theirs, train_with_fastdpo(case, model, tokenizer, adapters, folder / "fastdpo", theirs.start)
@@ -250,7 +258,7 @@ def test_every_logged_number_agrees_at_every_step(runs: tuple[Case, Run, Run]) -
     assert len(theirs.rows) == len(ours.rows) == STEPS
     for expected, got in zip(theirs.rows, ours.rows, strict=True):
         shared = set(expected) & set(got)
-        assert shared >= KEYS
+        assert shared >= (KEYS if case.router_coef is None else KEYS | {"aux_loss"})
         for key in shared - (TOKEN_KEYS if case.accumulation > 1 else set()):
             difference = abs(expected[key] - got[key])
             message = f"step {expected['step']}, {key}: TRL {expected[key]!r}, fastdpo {got[key]!r}"
