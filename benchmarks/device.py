@@ -414,8 +414,9 @@ CUDA = Device(
         ),
         unmeasured=(
             "linear_logps at the shapes of Llama-3 and Qwen2.5 in bf16 and pair_loss of 64 pairs, against torch, "
-            "torch.compile, Liger, cut-cross-entropy and TRL (`make gpu`, or `python -m benchmarks kernels --device "
-            "cuda`, on a machine with an NVIDIA GPU)"
+            "torch.compile, Liger, cut-cross-entropy and TRL; nf4, lora, rms_norm, rope and glu against bitsandbytes, "
+            "peft and transformers, on which hangs whether each stays in the block (`make gpu`, or `python -m "
+            "benchmarks kernels --device cuda`, on a machine with an NVIDIA GPU)"
         ),
     ),
 )
