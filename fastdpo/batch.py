@@ -102,7 +102,7 @@ class OptimizerBatch:
     num_pairs: int
     num_chosen_tokens: int
     num_tokens: int
-    shares: Sequence[int] = ()  # pairs of each process
+    shares: Sequence[int]  # pairs of each process
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> OptimizerBatch:
         return replace(self, microbatches=[batch.to(device, non_blocking) for batch in self.microbatches])

@@ -29,7 +29,8 @@ from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, 
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
 from fastdpo.losses import find_loss, pairwise_loss, sees_mean_reward, sees_reference
-from fastdpo.memory import PairLengths, add_meta_adapters, meta_model, plan_run, runs_fused
+from fastdpo.memory import PairLengths, plan_run, runs_fused
+from fastdpo.meta import add_meta_adapters, meta_model
 from fastdpo.metrics import RunFiles
 from fastdpo.model import (
     Policy,

@@ -22,8 +22,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastdpo.first_use import rounding
 from fastdpo.model import backbone, base_model, input_embedding, output_head, refuse_adapters
-from fastdpo.patching import rounding
 from fastdpo.quantized import keep_unpacked
 from fastdpo_kernels.linear_logps import linear_logps
 

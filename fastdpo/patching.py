@@ -7,7 +7,7 @@ switched off. An attention forward is transformers' own code over a copy of its 
 ours; it runs on a view of its module that answers for LoRA and 4-bit projections.
 
 Each class of patched modules compares itself at its first call with the unpatched one, on a few rows of its input, and
-raises where they differ by more than rounding: BOUNDS, relative to the largest entry. No gradient is recorded and no
+raises where they differ by more than rounding (`first_use.py`). No gradient is recorded and no
 random number drawn for that, nothing of the model changes meanwhile, and no hook sees it: a module with hooks inside is
 left to the next of its class. 4-bit layers that bitsandbytes itself reads wrongly have nothing to be compared with.
 
@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, activations
 
 from fastdpo.architectures import FAMILIES, Block, Family, Gated, Left, Norm, Rotary
+from fastdpo.first_use import CHECKED_ROWS, Checks, few_rows
 from fastdpo.messages import show_messages
-from fastdpo.projections import bound_by_others, has_hooks, is_linear, projection, refusal, touched, wider, worth_it
+from fastdpo.projections import bound_by_others, is_linear, projection, refusal, touched, wider, worth_it
 from fastdpo.quantized import keep_unpacked, misread_layers
 from fastdpo_kernels.glu import glu
 from fastdpo_kernels.lora import Projection, lora_linear, lora_mlp, lora_qkv
@@ -47,14 +48,8 @@ from fastdpo_kernels.rope import rope
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("rms_norm", "glu", "rope", "lora_qkv", "lora_mlp", "lora")
-
-# How far two right computations may be apart, relative to the largest entry.
-BOUNDS = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-TF32_BOUND = 4e-3  # of fp32 products in TF32
-CHECKED_ROWS = 16
-
 _bound: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that have our forward, whatever has wrapped it since
+KINDS = ("rms_norm", "glu", "rope", "lora_qkv", "lora_mlp", "lora")
 
 
 @dataclass(frozen=True)
@@ -142,7 +137,7 @@ def _bind(model: nn.Module) -> PatchReport:
             len(misread),
             misread[0],
         )
-    checks, left, bound = _Checks(), _LeftAlone(), 0
+    checks, left, bound = Checks(), _LeftAlone(), 0
     forwards: dict[tuple[type, Any], Callable] = {}
     for _, name, module, piece in found:
         if _is_ours(vars(module).get("forward")):
@@ -311,7 +306,7 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, MethodType) and getattr(value.__func__, "fastdpo_patch", False)
 
 
-def _forward(cls: Any, piece: Any, checks: _Checks) -> Callable:
+def _forward(cls: Any, piece: Any, checks: Checks) -> Callable:
     ours = {Norm: _norm_forward, Gated: _gated_forward, Block: _block_forward}[type(piece)](cls, piece, checks)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -323,20 +318,20 @@ def _forward(cls: Any, piece: Any, checks: _Checks) -> Callable:
     return forward
 
 
-def _norm_forward(cls: Any, piece: Norm, checks: _Checks) -> Callable:
+def _norm_forward(cls: Any, piece: Norm, checks: Checks) -> Callable:
     def normed(self: Any, x: Tensor) -> Tensor:
         weight = getattr(self, piece.weight) if piece.weight else None
         return rms_norm(x, weight, getattr(self, piece.eps), offset=piece.offset, round_first=piece.round_first)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if checks.due("rms_norm", (cls,), x, self):
-            checks.compare("rms_norm", (cls,), normed, cls.forward, self, _few_rows(x))
+            checks.compare("rms_norm", (cls,), normed, cls.forward, self, few_rows(x))
         return normed(self, x)
 
     return forward
 
 
-def _gated_forward(cls: Any, piece: Gated, checks: _Checks) -> Callable:
+def _gated_forward(cls: Any, piece: Gated, checks: Checks) -> Callable:
     def apart(self: Any, x: Tensor) -> Tensor:
         """The activation is ours, and each projection that is worth it."""
         activation: Any = _activation(self, piece)
@@ -355,7 +350,7 @@ def _gated_forward(cls: Any, piece: Gated, checks: _Checks) -> Callable:
         kind, compute = ("glu", apart) if now is None else ("lora_mlp", fused)
         what = (cls, activation, *_weights(now or ()))
         if checks.due(kind, what, x, self):
-            checks.compare(kind, what, compute, cls.forward, self, _few_rows(x))
+            checks.compare(kind, what, compute, cls.forward, self, few_rows(x))
         if now is None:
             return apart(self, x)
         gate, up, down = now
@@ -364,7 +359,7 @@ def _gated_forward(cls: Any, piece: Gated, checks: _Checks) -> Callable:
     return forward
 
 
-def _block_forward(cls: Any, piece: Block, checks: _Checks) -> Callable:
+def _block_forward(cls: Any, piece: Block, checks: Checks) -> Callable:
     function = _with_our_rotary(cls.forward, piece.rotary, checks) if piece.rotary else cls.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -392,7 +387,7 @@ def _weights(projections: Iterable[Projection]) -> tuple[type, ...]:
 class _Projected:
     """A projection that runs fused where that is worth it, and otherwise as it does by itself."""
 
-    def __init__(self, module: Any, checks: _Checks, together: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, module: Any, checks: Checks, together: Callable[[Tensor], Tensor] | None = None) -> None:
         self.module, self.checks, self.together = module, checks, together
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -403,7 +398,7 @@ class _Projected:
         cls, base = type(self.module), type(self.module._modules.get("base_layer"))
         if self.checks.due("lora", (cls, base), x, self.module):
             fused: Callable = lambda module, x: lora_linear(x, projection(module, x))  # type: ignore[arg-type]  # noqa: E731
-            self.checks.compare("lora", (cls, base), fused, cls.forward, self.module, _few_rows(x))
+            self.checks.compare("lora", (cls, base), fused, cls.forward, self.module, few_rows(x))
         return lora_linear(x, now)
 
     def __getattr__(self, name: str) -> Any:
@@ -413,7 +408,7 @@ class _Projected:
 class _View:
     """A module as its own forward sees it during one call: projections are ours, all else is the module's."""
 
-    def __init__(self, module: Any, qkv: tuple[str, ...], checks: _Checks) -> None:
+    def __init__(self, module: Any, qkv: tuple[str, ...], checks: Checks) -> None:
         vars(self).update(_module=module, _qkv=qkv, _checks=checks, _taken={})
 
     @property
@@ -440,7 +435,7 @@ class _View:
             what = (type(module), *_weights(now))
             if self._checks.due("lora_qkv", what, x, module):
                 fused: Callable = lambda module, x: lora_qkv(x, *_projections(module, self._qkv, x) or ())  # noqa: E731
-                self._checks.compare("lora_qkv", what, fused, self._apart, module, _few_rows(x))
+                self._checks.compare("lora_qkv", what, fused, self._apart, module, few_rows(x))
             taken.update(zip((*self._qkv, "x"), (*lora_qkv(x, *now), x), strict=True))
         return taken.pop(name)
 
@@ -451,7 +446,7 @@ class _View:
 # Rotary positions
 
 
-def _with_our_rotary(forward: FunctionType, rotary: Rotary, checks: _Checks) -> Callable:
+def _with_our_rotary(forward: FunctionType, rotary: Rotary, checks: Checks) -> Callable:
     """The same code, defaults and closure over a copy of its globals, in which the rotary function is ours."""
     names = {**forward.__globals__, rotary.function: _rotated(forward.__globals__[rotary.function], rotary, checks)}
     copy = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -459,7 +454,7 @@ def _with_our_rotary(forward: FunctionType, rotary: Rotary, checks: _Checks) -> 
     return copy
 
 
-def _rotated(original: Callable, rotary: Rotary, checks: _Checks) -> Callable:
+def _rotated(original: Callable, rotary: Rotary, checks: Checks) -> Callable:
     tokens = 1 if rotary.table == "complex" else 2
 
     def ours(q: Tensor, k: Tensor, *table: Tensor) -> tuple[Tensor, Tensor]:
@@ -489,123 +484,6 @@ def _rotate(rotary: Rotary, q: Tensor, k: Tensor, *table: Tensor) -> tuple[Tenso
     if rotary.table == "doubled":
         cos, sin = (t[..., : t.shape[-1] // 2] for t in table)
     return rope(q, k, cos, sin, by_pair=rotary.table != "full", **form)
-
-
-# First use
-
-
-def _few_rows(x: Tensor) -> Tensor:
-    """(..., T, D) -> (1, ..., 16 at most, D)."""
-    for dim in range(x.ndim - 2):
-        x = x.narrow(dim, 0, 1)
-    return x[..., :CHECKED_ROWS, :] if x.ndim > 1 else x
-
-
-@dataclass
-class _Checks:
-    """What has been compared with the unpatched module: kinds, and the class with what changes its arithmetic (`what`).
-    One a patched model, shared by its copies.
-    """
-
-    done: set[tuple[str, tuple[Any, ...]]] = field(default_factory=set)
-
-    def due(self, kind: str, what: tuple[Any, ...], x: Tensor, module: nn.Module | None) -> bool:
-        if (kind, what) in self.done:
-            return False
-        inside = [] if module is None else [one for one in module.modules() if one is not module]
-        if any(has_hooks(one) for one in inside):  # the user's, and peft's while a batch mixes adapters
-            return False
-        if type(x) not in (Tensor, nn.Parameter) or x.device.type == "meta" or not x.numel():  # fake tensors
-            return False
-        if module is not None and misread_layers(module):  # theirs would be wrong
-            self.done.add((kind, what))
-            return False
-        return True
-
-    def compare(
-        self, kind: str, what: tuple[Any, ...], ours: Callable, theirs: Callable, module: Any, x: Tensor
-    ) -> None:
-        """Raises RuntimeError where ours(module, x) is not theirs(module, x).
-
-        Both are given a copy of the module in which no LoRA factor B is zero, as a new one is: its product would be
-        compared with nothing. Nor is a factor of lower precision than x, in which peft would multiply and we do not.
-        """
-        device = x.device.type
-        autocast = torch.autocast(  # without its cache, which would keep the factors that are there for the comparison
-            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
-        )
-        with torch.no_grad(), autocast:
-            module = None if module is None else _twin(module, x.dtype)
-            with _same_random_numbers(x.device):
-                actual = ours(module, x)
-            with _same_random_numbers(x.device):
-                expected = theirs(module, x)
-        outputs = (actual, expected) if isinstance(actual, tuple) else ((actual,), (expected,))
-        for one, other in zip(*outputs, strict=True):
-            _check_close(kind, what[0], x, one, other)
-        self.done.add((kind, what))
-
-
-def rounding(device: str, dtypes: Iterable[torch.dtype]) -> float:
-    """How far two right computations in these dtypes may be apart on a device, under autocast as it is."""
-    dtypes = {*dtypes, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])}
-    bound = max(BOUNDS.get(dtype, TF32_BOUND) for dtype in dtypes)
-    # torch.get_float32_matmul_precision() raises once TF32 was set the newer way, as by transformers' tf32=True.
-    tf32 = device == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return max(bound, TF32_BOUND) if tf32 else bound
-
-
-def _check_close(kind: str, what: Any, x: Tensor, actual: Tensor, expected: Tensor) -> None:
-    name = getattr(what, "__name__", str(what))
-    if actual.shape != expected.shape:
-        raise RuntimeError(
-            f"the patched {name} ({kind}) gives {tuple(actual.shape)}, the unpatched one {tuple(expected.shape)}: "
-            "call fastdpo.unpatch(model) and report it"
-        )
-    bound = rounding(x.device.type, {x.dtype, expected.dtype})
-    actual, expected = actual.double(), expected.double()
-    known = expected.isfinite()
-    largest = expected[known].abs().max() if known.any() else expected.new_zeros(())
-    error = torch.where(known, actual - expected, 0).abs().max()
-    if not error <= bound * largest:
-        raise RuntimeError(
-            f"the patched {name} ({kind}) differs from the unpatched one by {float(error / largest):.1e} of its "
-            f"largest entry, more than rounding ({bound:.0e}): this "
-            "version of transformers or peft may compute something else; call fastdpo.unpatch(model) and report it"
-        )
-
-
-def _twin(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy, with what is inside, that shares all tensors but LoRA factors B, and factors narrower than `dtype`. The
-    model itself stays as it is: other threads may be in it.
-    """
-    twin = object.__new__(type(module))
-    own = vars(twin)
-    own.update(vars(module))
-    if getattr(own.get("forward"), "__self__", None) is module:
-        own["forward"] = MethodType(own["forward"].__func__, twin)
-    own["_parameters"] = dict(module._parameters)
-    own["_modules"] = {name: None if one is None else _twin(one, dtype) for name, one in module._modules.items()}
-    for name in ("lora_A", "lora_B") if own["_modules"].get("lora_B") is not None else ():
-        for factor in twin._modules[name].children():  # type: ignore[union-attr]
-            if type(factor) is nn.Linear:
-                values, wide = factor.weight.detach(), torch.promote_types(factor.weight.dtype, dtype)
-                if name == "lora_B":
-                    values = torch.linspace(-0.5, 0.5, values.numel(), device=values.device).view(values.shape)
-                factor._parameters["weight"] = nn.Parameter(values.to(wide), requires_grad=False)
-    return twin
-
-
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Within it random numbers are drawn as if nothing were drawn before or after."""
-    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], device)
 
 
 # What the report says

@@ -221,3 +221,15 @@ def keep_unpacked(model: nn.Module) -> None:
         )
     for module in layers.values():
         module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def quantized_scales(module: nn.Module) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside its weights: absmax, their own scales, code tables; each once."""
+    found: list[Any] = []
+    for layer in module.modules():
+        if not is_quantized(layer):
+            continue
+        states = [getattr(layer.weight, "quant_state", None), getattr(layer, "state", None), layer.weight]
+        states.append(getattr(states[0], "state2", None))
+        found += [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset", "SCB")]
+    return list({id(tensor): tensor for tensor in found if isinstance(tensor, torch.Tensor)}.values())

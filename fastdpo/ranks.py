@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdpo.config import DPOConfig
+from fastdpo.quantized import quantized_scales
 
 # What an exchange of numbers is for; all but gradients fill one line of WIDTH numbers.
 PURPOSES = ("memory", "batch", "gradients", "sizes", "flags", "plan", "wait")
@@ -106,7 +107,7 @@ class Ranks:
         """Every parameter and buffer, with the scales of quantised ones, as the first rank has it."""
         if self.count == 1:
             return
-        for tensor in (*module.parameters(), *module.buffers(), *_scales(module)):
+        for tensor in (*module.parameters(), *module.buffers(), *quantized_scales(module)):
             values = tensor.data.contiguous()
             dist.broadcast(values, src=0)
             tensor.data.copy_(values)
@@ -114,17 +115,6 @@ class Ranks:
     def wait(self) -> None:
         """Until all ranks are here."""
         self.exchange("wait")
-
-
-def _scales(module: nn.Module) -> list[Tensor]:
-    """What belongs to bitsandbytes' weights beside their elements."""
-    found: list[Any] = []
-    for parameter in module.parameters():
-        states = [getattr(parameter, "quant_state", None)]
-        states.append(getattr(states[0], "state2", None))
-        found += [getattr(state, name, None) for state in states for name in ("absmax", "code", "offset")]
-        found.append(getattr(parameter, "SCB", None))
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
 def find_ranks(config: DPOConfig) -> Ranks:

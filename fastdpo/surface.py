@@ -99,6 +99,8 @@ class Surface:
             return named[eval_dataset]
         if eval_dataset is not None:
             tables = build.build_eval_tables(eval_dataset, self.processing_class, self.args)
+            if len(tables) != 1:
+                raise ValueError(f"eval_dataset has {len(tables)} named sets, and a loader is for one: give one")
             (table,) = build.check_fit(self.policy, None, tables, self.processing_class, self.args).values()
             return table
         if len(named) != 1:
@@ -111,7 +113,7 @@ class Surface:
         far as its rows can be scored; `metrics`: those of an evaluation. Raises ValueError for a stream.
         """
         tables = build.build_eval_tables(test_dataset, self.processing_class, self.args, metric_key_prefix)
-        if len(tables) != 1 or isinstance(table := tables.get(metric_key_prefix), IterableDataset):
+        if len(tables) != 1 or isinstance(tables.get(metric_key_prefix), IterableDataset):
             raise ValueError("predict takes one table of rows, not several and no stream: call it for each")
         (table,) = build.check_fit(self.policy, None, tables, self.processing_class, self.args).values()
         rewards: dict[bytes, Tensor] = {}

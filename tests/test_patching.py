@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNor
 from transformers.models.llama4.modeling_llama4 import Llama4TextL2Norm
 
 import fastdpo
-from fastdpo import architectures, patching, projections
+from fastdpo import architectures, first_use, patching, projections
 from fastdpo.model import without_dropout
 from fastdpo.patching import PatchReport, is_patched, patch, unpatch
 from fastdpo.quantized import misread_layers
@@ -614,10 +614,10 @@ def test_the_bound_of_fp32_products_is_tf32s_where_that_was_switched_on_the_newe
     fp32 = {torch.float32}
     try:
         backends.fp32_precision = matmul.fp32_precision = "tf32"
-        assert patching.rounding("cuda", fp32) == patching.TF32_BOUND > patching.rounding("cpu", fp32)
+        assert first_use.rounding("cuda", fp32) == first_use.TF32_BOUND > first_use.rounding("cpu", fp32)
     finally:
         backends.fp32_precision, matmul.fp32_precision = before
-    assert patching.rounding("cuda", fp32) == patching.rounding("cpu", fp32) == patching.BOUNDS[torch.float32]
+    assert first_use.rounding("cuda", fp32) == first_use.rounding("cpu", fp32) == first_use.BOUNDS[torch.float32]
     torch.get_float32_matmul_precision()
 
 
@@ -683,8 +683,8 @@ def test_narrow_adapters_on_a_wide_base_are_compared_in_the_bases_dtype_and_err_
 
 def test_the_first_use_draws_no_random_number_and_comes_once_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    compare = patching._Checks.compare
-    monkeypatch.setattr(patching._Checks, "compare", lambda s, kind, *a: (compared.append(kind), compare(s, kind, *a)))
+    compare = first_use.Checks.compare
+    monkeypatch.setattr(first_use.Checks, "compare", lambda s, kind, *a: (compared.append(kind), compare(s, kind, *a)))
     model: Any = adapted(tiny_model("llama"), lora_dropout=0.3).train()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -134,6 +134,8 @@ def test_loaders_give_every_pair_once(rows, tokenizer, quick) -> None:
         assert sum(batch.num_pairs for step in loader for batch in step) == count
     with pytest.raises(ValueError, match=r"2 evaluation sets \(a, b\): name one"):
         trainer.get_eval_dataloader()
+    with pytest.raises(ValueError, match="2 named sets, and a loader is for one: give one"):
+        trainer.get_eval_dataloader({"c": rows[:2], "d": rows[2:4]})
 
 
 def test_the_reference_can_be_asked(rows, tokenizer, quick) -> None:
