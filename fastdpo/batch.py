@@ -47,6 +47,8 @@ class _TensorFields:
                 moved[item.name] = move(value)
             elif isinstance(value, _TensorFields):
                 moved[item.name] = value._map(move)
+            elif item.name == "media":
+                moved[item.name] = {name: move(tensor) for name, tensor in value.items()}
         return replace(self, **moved)  # type: ignore[type-var]
 
 
@@ -76,6 +78,8 @@ class PreferenceBatch(_TensorFields):
     keys: tuple[bytes, ...] = ()  # P row keys, what the reference memory goes by
     num_tokens: int = 0  # tokens of all 2P sequences, prompts counted twice as the peers do
     num_chosen_tokens: int = 0  # scored tokens of the chosen responses
+    decoder_input_ids: Tensor | None = None  # (2P, T') int64, encoder-decoders only, whose input_ids are P prompts
+    media: dict[str, Tensor] = field(default_factory=dict)  # what a processor makes of images, by the model's keywords
 
     @property
     def num_pairs(self) -> int:
@@ -148,17 +152,45 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
 def pad(pairs: Sequence[Pair], keys: Sequence[bytes] = (), pad_token_id: int = 0) -> PreferenceBatch:
     """One sequence a row, chosen and rejected interleaved, right-padded to the longest."""
     sequences = [[*pair.prompt, *response] for pair in pairs for response in (pair.chosen, pair.rejected)]
-    width = max(map(len, sequences), default=0)
-    input_ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
+    input_ids = _right_padded(sequences, pad_token_id)
+    attention_mask = _right_padded([[1] * len(tokens) for tokens in sequences], 0)
+    width = input_ids.shape[1]
     logit_rows: list[int] = []
     for row, tokens in enumerate(sequences):
-        input_ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        attention_mask[row, : len(tokens)] = 1
         first_scored = max(len(pairs[row // 2].prompt), 1)
         logit_rows += range(row * width + first_scored - 1, row * width + len(tokens) - 1)
     rows = torch.tensor(logit_rows, dtype=torch.int64)
     return PreferenceBatch(input_ids, None, attention_mask, None, rows, **_scored(pairs, keys))
+
+
+def encode_decode(
+    pairs: Sequence[Pair], keys: Sequence[bytes] = (), pad_token_id: int = 0, start_token_id: int = 0
+) -> PreferenceBatch:
+    """Of an encoder-decoder: a prompt a row of the encoder, and its two responses as rows of the decoder, which begin
+    with `start_token_id` in place of their last token. Every token of a response is scored.
+    """
+    prompts = [pair.prompt for pair in pairs]
+    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
+    input_ids = _right_padded(prompts, pad_token_id)
+    decoder_input_ids = _right_padded([[start_token_id, *response[:-1]] for response in responses], pad_token_id)
+    width = decoder_input_ids.shape[1]
+    rows = [row * width + place for row, response in enumerate(responses) for place in range(len(response))]
+    return PreferenceBatch(
+        input_ids,
+        None,
+        _right_padded([[1] * len(prompt) for prompt in prompts], 0),
+        None,
+        torch.tensor(rows, dtype=torch.int64),
+        **_scored(pairs, keys, unscored=0),
+        decoder_input_ids=decoder_input_ids,
+    )
+
+
+def _right_padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:
+    padded = torch.full((len(rows), max(map(len, rows), default=0)), padding, dtype=torch.int64)
+    for place, tokens in enumerate(rows):
+        padded[place, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    return padded
 
 
 def microbatches(
@@ -244,6 +276,8 @@ def pairs_of(batch: PreferenceBatch) -> list[Tokens]:
     Padded, an empty prompt before two responses that start alike comes back as a prompt of that one token: both make
     the same batch.
     """
+    if batch.decoder_input_ids is not None:
+        return _encoded_pairs(batch)
     if batch.segments is None:
         return _padded_pairs(batch)
     ids = batch.input_ids[0].tolist()
@@ -254,6 +288,14 @@ def pairs_of(batch: PreferenceBatch) -> list[Tokens]:
         pairs.append(Tokens(ids[start:prompt], ids[prompt:fork], ids[fork:end]))
         start = end
     return pairs
+
+
+def _encoded_pairs(batch: PreferenceBatch) -> list[Tokens]:
+    assert batch.attention_mask is not None
+    lengths = batch.attention_mask.sum(1).tolist()
+    prompts = [row[:length] for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
+    responses = [part.tolist() for part in batch.targets.split(batch.cu_seqlens.diff().tolist())]
+    return [Tokens(*parts) for parts in zip(prompts, responses[::2], responses[1::2], strict=True)]
 
 
 def _padded_pairs(batch: PreferenceBatch) -> list[Tokens]:
@@ -269,9 +311,13 @@ def _padded_pairs(batch: PreferenceBatch) -> list[Tokens]:
     return pairs
 
 
-def _scored(pairs: Sequence[Pair], keys: Sequence[bytes]) -> dict[str, Any]:
-    """The fields that do not depend on the layout. The first token after an empty prompt has nothing to predict it."""
-    responses = [response[0 if pair.prompt else 1 :] for pair in pairs for response in (pair.chosen, pair.rejected)]
+def _scored(pairs: Sequence[Pair], keys: Sequence[bytes], unscored: int = 1) -> dict[str, Any]:
+    """The fields that do not depend on the layout. The first token after an empty prompt has nothing to predict it,
+    but a decoder's first token (`unscored` = 0).
+    """
+    responses = [
+        response[0 if pair.prompt else unscored :] for pair in pairs for response in (pair.chosen, pair.rejected)
+    ]
     return {
         "targets": torch.tensor([token for response in responses for token in response], dtype=torch.int64),
         "cu_seqlens": _offsets([len(response) for response in responses]),

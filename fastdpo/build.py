@@ -43,6 +43,7 @@ from fastdpo.model import (
     learned_positions,
     load_model,
     load_model_config,
+    model_kind,
     output_head,
     place,
     prepare_precision,
@@ -83,6 +84,7 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
             why = "reference_free=True" if config.reference_free else f"loss_type={loss_names(config)}"
             raise ValueError(f"ref_model is given, but with {why} it would never be looked at: leave it out")
         check_model(ref_model, "ref_model", config)
+    _settle_kind(model, ref_model, config)
     _check_reference_options(model, ref_model, config)
     if not isinstance(model, str):
         refuse_load_options(model, config)
@@ -97,6 +99,32 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
             "model already has adapters and peft_config (or use_peft) asks for more: leave it out to go on training "
             "the adapter that is there, or merge it first with model.merge_and_unload()"
         )
+
+
+def _settle_kind(model: Any, ref_model: Any, config: DPOConfig) -> None:
+    """Whether the models are encoder-decoders, into `is_encoder_decoder`."""
+    kinds = {
+        name: model_kind(load_model_config(source, config))
+        if isinstance(source, str)
+        else model_kind(base_model(source).config) or "decoder-only"  # a class of somebody's own
+        for name, source in (("model", model), ("ref_model", ref_model))
+        if source is not None
+    }
+    if len(set(kinds.values())) > 1:
+        raise ValueError(f"model is {kinds['model']} and ref_model {kinds['ref_model']}: give two of one kind")
+    encodes = kinds["model"] == "encoder-decoder"
+    if config.is_encoder_decoder not in (None, encodes):
+        raise ValueError(
+            f"is_encoder_decoder={config.is_encoder_decoder}, and model is {kinds['model']}: leave it out, it is seen"
+        )
+    config.is_encoder_decoder = encodes
+    if config.max_target_length and (not encodes or config.max_completion_length):
+        why = f"{kinds['model']} models go by" if not encodes else "there is"
+        raise ValueError(
+            f"max_target_length={config.max_target_length} and {why} max_completion_length: leave the former out"
+        )
+    if kinds["model"] != "decoder-only" and config.memory:
+        raise ValueError(f"memory='auto' has no plan for {kinds['model']} models: leave it out")
 
 
 def _check_reference_options(model: Any, ref_model: Any, config: DPOConfig) -> None:
@@ -290,6 +318,9 @@ def plan_batches(
     """On a CUDA device: the memory plan, and from it `max_tokens_per_microbatch` where it is unset, and checkpointing
     with memory="auto". Raises ValueError where that is asked for and there is no plan.
     """
+    if layout.make is not None:
+        logger.info("memory: no plan for this kind of model: micro-batches go by pairs")
+        return
     if config.device.type != "cuda":
         if config.memory:
             raise ValueError("memory='auto' plans for an NVIDIA GPU, and the run has none: leave it out")
@@ -423,6 +454,8 @@ def _longest(table: Table, config: DPOConfig) -> float:
     if isinstance(table, IterableDataset):
         return math.inf if config.max_length is None else config.max_length
     lengths = [list_lengths(table, column) for column in ID_COLUMNS]
+    if config.is_encoder_decoder:
+        return int(np.max(lengths))
     return int((lengths[0] + np.maximum(lengths[1], lengths[2])).max())
 
 

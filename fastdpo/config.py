@@ -225,8 +225,8 @@ class DPOConfig(TrainingArguments):
         None, "Weight of the routers' auxiliary loss of a mixture of experts. Unset: as the model's config asks for."
     )
     generate_during_eval: bool = _later(False)
-    is_encoder_decoder: bool | None = _later(None)
-    max_target_length: int | None = _later(None)
+    is_encoder_decoder: bool | None = _option(None, "Seen from the model; a value that it contradicts is refused.")
+    max_target_length: int | None = _option(None, "Of encoder-decoders: longest response, in tokens.")
     label_pad_token_id: int = _later(-100)
     padding_value: int | None = _later(None)
     pad_token: str | None = _later(None)

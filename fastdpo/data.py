@@ -207,13 +207,20 @@ class _Encoder:
             pairs = self._tokenize([self._texts(row, where) for row, where in zip(rows, places, strict=True)], places)
         encoded: dict[str, list] = {column: [] for column in (*ID_COLUMNS, "fate", "length", "truncated", "moved")}
         for whole, moved in pairs:
-            pair = truncate(whole, self.limits)
-            fate = _fate(pair)
+            pair = self._fit(whole)
+            fate = self._fate(pair)
             kept = fate == KEPT
             values = (pair.prompt, pair.chosen, pair.rejected) if kept else ([], [], [])
             for column, value in zip(encoded, (*values, fate, pair.length, pair != whole, moved), strict=True):
                 encoded[column].append(value)
         return encoded
+
+    def _fit(self, pair: TokenPair) -> TokenPair:
+        return truncate(pair, self.limits)
+
+    def _fate(self, pair: TokenPair) -> int:
+        unscored = 0 if pair.prompt else 1  # nothing predicts the first token of all
+        return _fate(pair, unscored)
 
     def _texts(self, row: dict[str, Any], where: str) -> _Row:
         prompt, chosen, rejected = split_row(row, where)
@@ -301,20 +308,74 @@ class _Encoder:
         )
 
 
-def _fate(pair: TokenPair) -> int:
-    unscored = 0 if pair.prompt else 1  # nothing predicts the first token of all
+@dataclass(frozen=True)
+class _SeparateEncoder(_Encoder):
+    """Of an encoder-decoder: prompt and answers are tokenized apart, each with what the tokenizer writes around it."""
+
+    around_prompt: tuple[list[int], list[int]] = ([], [])
+    around_answer: tuple[list[int], list[int]] = ([], [])
+
+    def _tokenize(self, rows: list[_Row], places: list[str]) -> Iterator[tuple[TokenPair, bool]]:
+        for row, where in zip(rows, places, strict=True):
+            if row.is_empty:
+                yield TokenPair([], [], []), False
+                continue
+            if not (row.chosen.startswith(row.prompt) and row.rejected.startswith(row.prompt)):
+                raise ValueError(
+                    f"{where}: the chat template renders the prompt differently once an answer follows, and an "
+                    "encoder-decoder takes the two apart. Give prompt, chosen and rejected as strings."
+                )
+            answers = [text[len(row.prompt) :] for text in (row.chosen, row.rejected)]
+            prompt, *bare = self._ids([row.prompt, *answers])
+            yield TokenPair(_within(prompt, self.around_prompt), *(_within(b, self.around_answer) for b in bare)), False
+
+    def _fit(self, pair: TokenPair) -> TokenPair:
+        """max_length bounds prompt and answer each, where they have no limit of their own."""
+        limits = self.limits
+        prompt_limit = limits.max_prompt_length or limits.max_length
+        limit = limits.max_completion_length or limits.max_length
+        from_end = limits.truncation_mode == "keep_end"
+        answers = (_cut(ids, self.around_answer, limit, False) for ids in (pair.chosen, pair.rejected))
+        return TokenPair(_cut(pair.prompt, self.around_prompt, prompt_limit, from_end), *answers)
+
+    def _fate(self, pair: TokenPair) -> int:
+        if not pair.prompt and (pair.chosen or pair.rejected):
+            raise ValueError(
+                f"The {self.name} dataset has a row whose prompt is no token at all, and an encoder needs one: leave "
+                "such rows out, or give each the end-of-sequence token."
+            )
+        return _fate(pair, sum(map(len, self.around_answer)))
+
+
+def _within(ids: list[int], around: tuple[list[int], list[int]]) -> list[int]:
+    return [*around[0], *ids, *around[1]]
+
+
+def _cut(ids: list[int], around: tuple[list[int], list[int]], limit: int | None, from_end: bool) -> list[int]:
+    """At most `limit` tokens, of which those that stand around a text stay."""
+    if limit is None or len(ids) <= limit:
+        return ids
+    before, after = map(len, around)
+    if _within(ids[before : len(ids) - after], around) != ids:  # given as ids, without them
+        around, before, after = ([], []), 0, 0
+    body, room = ids[before : len(ids) - after], max(limit - before - after, 0)
+    return _within(body[max(len(body) - room, 0) :] if from_end else body[:room], around)
+
+
+def _fate(pair: TokenPair, unscored: int) -> int:
     if min(len(pair.chosen), len(pair.rejected)) <= unscored:
         return EMPTY
     return EQUAL if pair.chosen == pair.rejected else KEPT
 
 
-def _leading_special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer writes before a text of its own accord; what it writes after one is replaced by EOS."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
-    for start in range(len(full) - len(bare) + 1):  # type: ignore[arg-type]
-        if full[start : start + len(bare)] == bare:  # type: ignore[arg-type]
-            return full[:start]
+def _special_ids(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> tuple[list[int], list[int]]:
+    """What the tokenizer writes before and after a text of its own accord; `argument` may be text_target."""
+    given: dict[str, Any] = {argument: "a"}
+    bare: list[int] = tokenizer(**given, add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    full: list[int] = tokenizer(**given)["input_ids"]  # type: ignore[assignment]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
     raise ValueError(
         f"The tokenizer writes 'a' as {bare} alone and as {full} with special tokens: cannot tell its BOS."
     )
@@ -334,14 +395,25 @@ def tokenize_pairs(
         raise ValueError(f"The {name} dataset is empty: it has no rows.")
     columns = rows.column_names or list(first)  # a generator's are known by its first row only
     check_columns(columns, name)
-    limits = Limits(config.max_length, config.max_prompt_length, config.max_completion_length, config.truncation_mode)
-    encoder = _Encoder(tokenizer, limits, name, _leading_special_ids(tokenizer))
+    encoder = _encoder(tokenizer, config, name)
     encoder({column: [value] for column, value in first.items()}, [0])  # a wrong format fails here, not in a process
     if isinstance(rows, IterableDataset):
         options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
         counted = {"encoder": encoder, "tally": Counter()}
         return rows.with_format(None).map(_encode_and_count, fn_kwargs=counted, features=_id_features(), **options)
     return _tokenize_table(rows.with_format(None), encoder, config)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, config: DPOConfig, name: str) -> _Encoder:
+    answer = config.max_target_length or config.max_completion_length
+    limits = Limits(config.max_length, config.max_prompt_length, answer, config.truncation_mode)
+    around = _special_ids(tokenizer)
+    if not config.is_encoder_decoder:
+        return _Encoder(tokenizer, limits, name, around[0])  # what it writes after a text is replaced by EOS
+    before, after = _special_ids(tokenizer, "text_target")
+    if tokenizer.eos_token_id not in after:
+        after = [*after, tokenizer.eos_token_id]  # type: ignore[list-item]
+    return _SeparateEncoder(tokenizer, limits, name, [], around, (before, after))
 
 
 def _tokenize_table(rows: Dataset, encoder: _Encoder, config: DPOConfig) -> Dataset:
@@ -436,9 +508,10 @@ def _fingerprint(rows: Dataset, encoder: _Encoder) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     template = json.dumps(tokenizer.chat_template) if tokenizer.chat_template is not None else ""
-    state = (rows._fingerprint, type(tokenizer).__name__, words, template, tokenizer.eos_token_id, encoder.prefix)
+    options = {name: value for name, value in vars(encoder).items() if name != "tokenizer"}
+    state = (rows._fingerprint, type(tokenizer).__name__, words, template, tokenizer.eos_token_id)
     versions = (transformers.__version__, tokenizers.__version__, datasets.__version__)
-    digest = blake2b(repr((state, versions, encoder.limits, encoder.name)).encode(), digest_size=16)
+    digest = blake2b(repr((state, versions, type(encoder).__name__, options)).encode(), digest_size=16)
     for source in ("data.py", "rows.py"):
         digest.update(Path(__file__).with_name(source).read_bytes())
     return digest.hexdigest()

@@ -12,9 +12,10 @@ Legend: P pairs, T tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fastdpo.attention import Calls, CannotPack, packed_calls
 from fastdpo.attention_backends import PACKABLE, Facts, Refused, choose
-from fastdpo.batch import PreferenceBatch, pack, pad
+from fastdpo.batch import PreferenceBatch, encode_decode, pack, pad
 from fastdpo.data import TokenPair
 from fastdpo.model import Policy, backbone, base_model, input_embedding
 from fastdpo.quantized import states_of_8_bits, without_outliers
@@ -30,6 +31,9 @@ from fastdpo.quantized import states_of_8_bits, without_outliers
 # Rounding of two right computations of a logit, relative to the largest one: a wrong mask or position moves a trained
 # model's log-probs by far more. fp64 as fp32: many families compute norms, rotations or softmax in fp32 anyway.
 ROUNDING = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+Collation = Callable[[Sequence[TokenPair], Sequence[bytes]], PreferenceBatch]
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,11 @@ class Layout:
     reason: str
     pad_token_id: int = 0
     attention: tuple[Facts, ...] = ()  # packed: what the backend of each kind of layer is chosen by, in the run's dtype
+    make: Collation | None = None  # of models that take neither
 
     def collate(self, pairs: Sequence[TokenPair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
+        if self.make is not None:
+            return self.make(pairs, keys)
         return pack(pairs, keys) if self.packed else pad(pairs, keys, self.pad_token_id)
 
     def tokens(self, pair: TokenPair) -> int:
@@ -61,12 +68,13 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
     training, autocast = policy.training, policy.autocast
     fp32 = all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point())
     sharper = fp32 and autocast is not None and policy.asked_attention != "flash_attention_2"  # which takes no fp32
+    make = _encoder_decoder(policy, pad_token_id) if base_model(policy.model).config.is_encoder_decoder else None
     policy.eval()
     try:
         # what LLM.int8 takes for an outlier depends on all of a batch: a causal model would look like an encoder
         with torch.no_grad(), without_outliers(policy):
             policy.autocast = None if sharper else autocast
-            reason, seen = _try_layouts(policy, pairs, pad_token_id)
+            reason, seen = _try_layouts(policy, pairs, pad_token_id, make)
             policy.autocast = autocast
             if sharper and not reason:
                 there, seen = seen, tuple(replace(facts, dtype=autocast) for facts in seen)
@@ -75,13 +83,37 @@ def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
     finally:
         policy.train(training)
         policy.autocast = autocast
-    return Layout(not reason, reason or "every attention layer takes packed segments", pad_token_id, seen)
+    return Layout(not reason, reason or "every attention layer takes packed segments", pad_token_id, seen, make)
 
 
-def _try_layouts(policy: Policy, pairs: Sequence[TokenPair], pad_token_id: int) -> tuple[str, tuple[Facts, ...]]:
+def _encoder_decoder(policy: Policy, pad_token_id: int) -> Collation:
+    """Raises ValueError for a model whose decoder begins otherwise than with one fixed token."""
+    model: Any = base_model(policy.model)
+    start = model.config.decoder_start_token_id
+    if start is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say how its decoder begins: set decoder_start_token_id in its config"
+        )
+    labels = torch.tensor([[3, 4, 5], [5, 4, 3]], device=input_embedding(model).weight.device)
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)  # M2M-100 shifts in its forward only
+    shifted = shift(labels=labels).tolist() if shift else [[start, 3, 4], [start, 5, 4]]
+    if shifted != [[start, 3, 4], [start, 5, 4]]:
+        raise ValueError(
+            f"the decoder of {type(model).__name__} begins by its labels (with {shifted[0][0]} for 3 4 5), and only "
+            "one fixed decoder_start_token_id is supported: give another encoder-decoder"
+        )
+    return partial(encode_decode, pad_token_id=pad_token_id, start_token_id=start)
+
+
+def _try_layouts(
+    policy: Policy, pairs: Sequence[TokenPair], pad_token_id: int, make: Collation | None = None
+) -> tuple[str, tuple[Facts, ...]]:
     """-> why not to pack, "" where nothing is against it, and the kinds of attention calls that packing makes."""
-    expected, tolerance = _model_logps(policy, pairs)
-    noise = _check_padded(policy, pad(pairs, pad_token_id=pad_token_id), expected, tolerance)
+    expected, tolerance = _model_logps(policy, pairs, make)
+    batch = make(pairs, ()) if make else pad(pairs, pad_token_id=pad_token_id)
+    noise = _check_padded(policy, batch, expected, tolerance)
+    if make:
+        return "an encoder-decoder: a prompt is encoded once, its responses are rows of the decoder", ()
     if policy.asked_attention not in PACKABLE:
         return f"attn_implementation={policy.asked_attention!r} takes padded batches only", ()
     with packed_calls() as calls:
@@ -96,7 +128,16 @@ def probe_pairs(vocabulary: int) -> list[TokenPair]:
     return [TokenPair(draw(5), draw(4), draw(3)), TokenPair(draw(3), draw(1), draw(6))]
 
 
-def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, float]:
+def _sequence(pair: TokenPair, make: Collation | None) -> dict[str, Tensor]:
+    """What the model's own forward takes for a pair's prompt and chosen response."""
+    if make is None:
+        return {"input_ids": torch.tensor([[*pair.prompt, *pair.chosen]])}
+    batch = make([pair], ())
+    assert batch.decoder_input_ids is not None
+    return {"input_ids": batch.input_ids, "decoder_input_ids": batch.decoder_input_ids[:1, : len(pair.chosen)]}
+
+
+def _model_logps(policy: Policy, pairs: Sequence[TokenPair], make: Collation | None = None) -> tuple[Tensor, float]:
     """(N,) log-probs by the model's own forward, one sequence at a time, and how far off another one may be."""
     model = base_model(policy.model)
     device = input_embedding(model).weight.device
@@ -104,15 +145,16 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, fl
     with torch.autocast(device.type, policy.autocast) if policy.autocast else nullcontext():
         for pair in pairs:
             for response in (pair.chosen, pair.rejected):
-                tokens = torch.tensor([[*pair.prompt, *response]], device=device)
-                logits = policy.model(input_ids=tokens, use_cache=False).logits[0]
+                inputs = {name: ids.to(device) for name, ids in _sequence(replace(pair, chosen=response), make).items()}
+                logits = policy.model(**inputs, use_cache=False).logits[0]
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 if not logits.isfinite().all():
                     raise ValueError(f"{type(model).__name__} gives logits that are not finite: are its weights whole?")
-                _check_causal(policy, tokens, logits)
+                _check_causal(policy, inputs, logits)
                 largest = max(largest, float(logits.abs().max()))
-                first = len(pair.prompt)
-                values.append(logits[first - 1 : -1].log_softmax(-1).gather(1, tokens[0, first:, None])[:, 0])
+                scored = logits if make else logits[len(pair.prompt) - 1 : -1]
+                targets = torch.tensor(response, device=device)
+                values.append(scored.log_softmax(-1).gather(1, targets[:, None])[:, 0])
     precision = policy.autocast or min(
         (p.dtype for p in policy.parameters() if p.is_floating_point()), key=lambda d: d.itemsize
     )
@@ -122,14 +164,15 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair]) -> tuple[Tensor, fl
     return torch.cat(values), rounding * largest
 
 
-def _check_causal(policy: Policy, tokens: Tensor, logits: Tensor) -> None:
+def _check_causal(policy: Policy, inputs: dict[str, Tensor], logits: Tensor) -> None:
+    *_, (generated, tokens) = inputs.items()
     changed = tokens.clone()
     changed[0, -1] = (changed[0, -1] + 1) % logits.shape[-1]
-    again = policy.model(input_ids=changed, use_cache=False).logits[0].to(logits.dtype)
+    again = policy.model(**{**inputs, generated: changed}, use_cache=False).logits[0].to(logits.dtype)
     if not torch.allclose(again[:-1], logits[:-1], rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
         raise ValueError(
             f"{type(base_model(policy.model)).__name__} lets a token see later ones (is it an encoder?): "
-            "preference training needs a causal, decoder-only language model"
+            "preference training needs a causal language model"
         )
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.quantizers import AutoHfQuantizer
 
 from fastdpo.config import DPOConfig
-from fastdpo.model import Policy, add_adapters, compute_dtype, load_dtype, prepare_precision
+from fastdpo.model import AUTO_CLASSES, Policy, add_adapters, compute_dtype, load_dtype, model_kind, prepare_precision
 from fastdpo.quantized import is_quantized, quantization
 
 
@@ -36,7 +35,7 @@ def meta_model(model_config: Any, config: DPOConfig, dtype: torch.dtype) -> nn.M
     model_config = copy.deepcopy(model_config)
     asked = quantization(config, compute_dtype(config))
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, **options)
+        model = AUTO_CLASSES[model_kind(model_config)].from_config(model_config, **options)
         if given := asked or getattr(model_config, "quantization_config", None):
             _quantize(model, AutoHfQuantizer.from_config(given, pre_quantized=False))
     return model

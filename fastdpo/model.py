@@ -27,10 +27,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from fastdpo.attention import asked_attention, attention_configs, checkpoint_contexts, packed_attention
 from fastdpo.batch import PreferenceBatch
@@ -52,6 +62,11 @@ logger = logging.getLogger(__name__)
 CALLED_ADAPTERS = ("ADALORA", "POLY", "SHADOW", "XLORA")
 CHECKPOINT = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what transformers' blocks read and call
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO_CLASSES: dict[str, Any] = {
+    "decoder-only": AutoModelForCausalLM,
+    "encoder-decoder": AutoModelForSeq2SeqLM,
+    "vision-language": AutoModelForImageTextToText,
+}  # by `model_kind`
 
 
 def compute_dtype(config: DPOConfig) -> torch.dtype:
@@ -60,14 +75,14 @@ def compute_dtype(config: DPOConfig) -> torch.dtype:
 
 
 def check_model(source: Any, name: str, config: DPOConfig) -> None:
-    """Refuses what is no decoder-only language model, reading no more than its config; `name` is for errors."""
+    """Refuses what is no model that writes text, reading no more than its config; `name` is for errors."""
     if isinstance(source, str):
         model_config = _model_config(source, config)
         check_quantized(model_config, f"{name} {source}")
-        if model_config.is_encoder_decoder or not _is_causal(model_config):
-            kind = "an encoder-decoder" if model_config.is_encoder_decoder else "not a causal language model"
+        if not model_kind(model_config):
             raise ValueError(
-                f"{name} {source} ({model_config.model_type}) is {kind}: fastdpo trains decoder-only language models"
+                f"{name} {source} ({model_config.model_type}) is no model that fastdpo trains: give a decoder-only, "
+                "encoder-decoder or vision-language model that generates text"
             )
         return
     base = base_model(source) if isinstance(source, (PreTrainedModel, PeftModel)) else None
@@ -81,10 +96,6 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
         raise ValueError(
             f"{name} has merged adapters ({', '.join(sorted(merged))}), which neither train nor turn off: call "
             "unmerge_adapter() to go on training them, or give what merge_and_unload() returns"
-        )
-    if base.config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(base).__name__} is an encoder-decoder, which is not available yet: give a decoder-only model"
         )
     if base.get_output_embeddings() is None:
         raise ValueError(f"{type(base).__name__} has no language-model head: load it with AutoModelForCausalLM")
@@ -114,7 +125,7 @@ def load_model(
     if config.quantizes and not quantized:
         options["quantization_config"] = quantization(config, compute_dtype(config))
     with returning_memory(config.device) if config.quantizes else nullcontext():
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model = AUTO_CLASSES[model_kind(model_config)].from_pretrained(source, **options)
     keep_unpacked(model)
     return model
 
@@ -177,9 +188,15 @@ def _where(config: DPOConfig) -> dict[str, Any]:
     return {"revision": config.model_revision, "trust_remote_code": config.trust_remote_code}
 
 
-def _is_causal(model_config: Any) -> bool:
+def model_kind(model_config: Any) -> str:
+    """The key of AUTO_CLASSES for a model's config, "" where there is none."""
+    kind = model_config.model_type
+    if model_config.is_encoder_decoder:
+        return "encoder-decoder" if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES else ""
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and getattr(model_config, "vision_config", None) is not None:
+        return "vision-language"
     remote = "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
-    return remote or model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "decoder-only" if remote or kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else ""
 
 
 def refuse_adapters(peft_configs: Iterable[Any]) -> None:
@@ -234,7 +251,7 @@ def _lora_config(config: DPOConfig, model: nn.Module) -> LoraConfig:
     named = model.named_modules() if targets == "all-linear" else ()
     routers = [name for name, part in named if isinstance(part, nn.Linear) and "Router" in type(part).__name__]
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_2_SEQ_LM" if base_model(model).config.is_encoder_decoder else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
@@ -373,7 +390,13 @@ def output_head(model: PreTrainedModel) -> Head:
         down, weight = torch.cat(downs), torch.cat([weight, *(up.to(weight.dtype) for up in ups)], 1)
     text = model.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return Head(weight, getattr(base, "bias", None), scale, getattr(text, "final_logit_softcapping", None), down)
+    bias = getattr(base, "bias", None)
+    if text.is_encoder_decoder:
+        if getattr(text, "scale_decoder_outputs", text.model_type in ("umt5", "switch_transformers")):
+            scale *= text.d_model**-0.5  # T5 and its kin, which scale what a tied head takes
+        if (added := getattr(model, "final_logits_bias", None)) is not None:  # BART and its kin: (1, V), no parameter
+            bias = added[0]
+    return Head(weight, bias, scale, getattr(text, "final_logit_softcapping", None), down)
 
 
 def _factors(tuner: BaseTunerLayer) -> list[tuple[Tensor, Tensor]]:
@@ -471,7 +494,7 @@ class Policy(nn.Module):
 
     def _outputs(self, batch: PreferenceBatch, more: Mapping[str, Any]) -> Any:
         """The backbone's."""
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **more}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, **batch.media, **more}
         attention: AbstractContextManager[None] = nullcontext()
         if batch.segments is None:
             inputs["attention_mask"] = batch.attention_mask
@@ -482,10 +505,24 @@ class Policy(nn.Module):
         checkpointed = self.checkpointed if torch.is_grad_enabled() else []
         set_checkpointing(checkpointed, True)
         try:
+            if batch.decoder_input_ids is not None:
+                return _decoded(base_model(self.model), batch)
             with attention:
                 return backbone(base_model(self.model))(**inputs)
         finally:
             set_checkpointing(checkpointed, False)
+
+
+def _decoded(model: PreTrainedModel, batch: PreferenceBatch) -> Any:
+    """An encoder-decoder's decoder over both responses of each pair, whose prompt is encoded once."""
+    encoded = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    seen: Any = batch.attention_mask
+    return model.get_decoder()(
+        input_ids=batch.decoder_input_ids,
+        encoder_hidden_states=encoded.repeat_interleave(2, 0),
+        encoder_attention_mask=seen.repeat_interleave(2, 0),
+        use_cache=False,
+    )
 
 
 def _scored_rows(outputs: Any, batch: PreferenceBatch) -> Tensor:
@@ -532,7 +569,9 @@ def checkpointing(policy: Policy, kwargs: Mapping[str, Any] | None) -> Iterator[
 
 
 def _every_nth(modules: list[Any], every: int, model: PreTrainedModel) -> list[Any]:
-    """The first block of every `every`, and what is no block. Raises ValueError where blocks cannot be told apart."""
+    """The first block of every `every`, and what is no part of a block: T5's attentions look at a flag of their own,
+    and take another way in the second run, where it is off. Raises ValueError where blocks cannot be told apart.
+    """
     blocks = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     if every > 1 and not blocks:
         raise ValueError(f"{type(model).__name__} checkpoints all of its blocks or none: leave every_n_layers out")
@@ -541,7 +580,8 @@ def _every_nth(modules: list[Any], every: int, model: PreTrainedModel) -> list[A
             f"every_n_layers={every} of {type(model).__name__}, which has {len(blocks)} blocks: give a number of at "
             f"most {len(blocks)}"
         )
-    left_out = {id(block) for place, block in enumerate(blocks) if place % every}
+    left_out = {id(part) for block in blocks for part in block.modules() if part is not block}
+    left_out |= {id(block) for place, block in enumerate(blocks) if place % every}
     return [module for module in modules if id(module) not in left_out]
 
 

@@ -33,11 +33,12 @@ class Verdict:
 # Topic -> options that work, ours before the inherited ones.
 _WORKS = {
     "model": "model_revision trust_remote_code dtype attn_implementation model_init_kwargs rope_scaling "
-    "fused_kernels disable_dropout",
+    "is_encoder_decoder fused_kernels disable_dropout",
     "adapters": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora",
     "quantised weights": "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
     "quantization_config",
-    "data": "dataset_train_split dataset_test_split max_length max_prompt_length max_completion_length truncation_mode "
+    "data": "dataset_train_split dataset_test_split max_length max_prompt_length max_completion_length "
+    "max_target_length truncation_mode "
     "dataset_num_proc remove_unused_columns",
     "preference loss": "loss_type loss_weights beta label_smoothing discopop_tau simpo_gamma cpo_alpha "
     "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free "
@@ -99,7 +100,6 @@ _NOT_YET = {
     ("embedding noise", "leave it off"): "neftune_noise_alpha",
     ("finding the batch size", "set max_tokens_per_microbatch, which changes no result"): "auto_find_batch_size",
     ("sampling during evaluation", "generate in a TrainerCallback"): "generate_during_eval",
-    ("encoder-decoder training", "give a decoder-only model"): "is_encoder_decoder max_target_length",
     ("choosing padding", "set the tokenizer's pad token"): "label_pad_token_id padding_value pad_token",
     ("memory reports", "read the GPU's own counters"): "skip_memory_metrics",
     ("tokens a second", "divide num_tokens by train_runtime, both are logged"): "include_tokens_per_second",
@@ -201,8 +201,8 @@ CHECKPOINT_KWARGS += ("every_n_layers", "offload")
 RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("beta discopop_tau learning_rate adam_epsilon num_train_epochs lora_alpha", "above 0", lambda value: value > 0),
     (
-        "max_length max_prompt_length max_completion_length dataset_num_proc max_tokens_per_microbatch lora_r "
-        "precompute_ref_batch_size ref_model_sync_steps "
+        "max_length max_prompt_length max_completion_length max_target_length dataset_num_proc "
+        "max_tokens_per_microbatch lora_r precompute_ref_batch_size ref_model_sync_steps "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
         "torch_empty_cache_steps dataloader_prefetch_factor",
         "at least 1",

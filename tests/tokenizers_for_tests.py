@@ -36,6 +36,7 @@ CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
 
 def config(**options: Any) -> Any:
     defaults = {"max_length": None, "max_prompt_length": None, "max_completion_length": None}
+    defaults |= {"is_encoder_decoder": False, "max_target_length": None}
     more = {"truncation_mode": "keep_end", "dataset_num_proc": None, "disable_tqdm": True}
     return SimpleNamespace(**{**defaults, **more, **options})
 
