@@ -34,6 +34,10 @@ class Pair(Protocol):
     def chosen(self) -> Sequence[int]: ...
     @property
     def rejected(self) -> Sequence[int]: ...
+    @property
+    def chosen_from(self) -> int: ...  # how many tokens at the beginning of a response are not scored
+    @property
+    def rejected_from(self) -> int: ...
 
 
 class _TensorFields:
@@ -80,6 +84,7 @@ class PreferenceBatch(_TensorFields):
     num_chosen_tokens: int = 0  # scored tokens of the chosen responses
     decoder_input_ids: Tensor | None = None  # (2P, T') int64, encoder-decoders only, whose input_ids are P prompts
     media: dict[str, Tensor] = field(default_factory=dict)  # what a processor makes of images, by the model's keywords
+    pairs: tuple[Any, ...] = ()  # that it was made of, where its tensors do not say: pairs with images
 
     @property
     def num_pairs(self) -> int:
@@ -96,6 +101,7 @@ class Share(list[PreferenceBatch]):
     """The micro-batches of this process's share of an optimizer batch, as loaders give them."""
 
     whole: int = 0  # a digest of all rows that were dealt, the same in every process
+    places: Sequence[tuple[bytes, int]] = ()  # a key a pair, and its row's number among those that were dealt
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
         key_index += [*range(start, fork), *range(start, start + prompt), *range(fork, end)]
         # the last prompt token predicts the first token of both responses
         last_prompt = [start + prompt - 1] if prompt else []
-        logit_rows += [*last_prompt, *range(start + prompt, fork - 1), *last_prompt, *range(fork, end - 1)]
+        unscored = [max(count - (not prompt), 0) for count in (pair.chosen_from, pair.rejected_from)]
+        logit_rows += [*last_prompt, *range(start + prompt, fork - 1)][unscored[0] :]
+        logit_rows += [*last_prompt, *range(fork, end - 1)][unscored[1] :]
     segments = Segments(
         torch.tensor(key_index, dtype=torch.int64),
         _offsets(query_lengths),
@@ -152,12 +160,13 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
 def pad(pairs: Sequence[Pair], keys: Sequence[bytes] = (), pad_token_id: int = 0) -> PreferenceBatch:
     """One sequence a row, chosen and rejected interleaved, right-padded to the longest."""
     sequences = [[*pair.prompt, *response] for pair in pairs for response in (pair.chosen, pair.rejected)]
+    unscored = [len(pair.prompt) + first for pair in pairs for first in (pair.chosen_from, pair.rejected_from)]
     input_ids = _right_padded(sequences, pad_token_id)
     attention_mask = _right_padded([[1] * len(tokens) for tokens in sequences], 0)
     width = input_ids.shape[1]
     logit_rows: list[int] = []
     for row, tokens in enumerate(sequences):
-        first_scored = max(len(pairs[row // 2].prompt), 1)
+        first_scored = max(unscored[row], 1)
         logit_rows += range(row * width + first_scored - 1, row * width + len(tokens) - 1)
     rows = torch.tensor(logit_rows, dtype=torch.int64)
     return PreferenceBatch(input_ids, None, attention_mask, None, rows, **_scored(pairs, keys))
@@ -268,26 +277,38 @@ class Tokens(NamedTuple):
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    chosen_from: int = 0
+    rejected_from: int = 0
 
 
-def pairs_of(batch: PreferenceBatch) -> list[Tokens]:
+def pairs_of(batch: PreferenceBatch) -> list[Any]:
     """The pairs that a batch on the CPU was made of.
 
     Padded, an empty prompt before two responses that start alike comes back as a prompt of that one token: both make
     the same batch.
     """
+    if batch.pairs:
+        return list(batch.pairs)
     if batch.decoder_input_ids is not None:
         return _encoded_pairs(batch)
     if batch.segments is None:
         return _padded_pairs(batch)
     ids = batch.input_ids[0].tolist()
-    pairs, start = [], 0
+    pairs, start, scored = [], 0, batch.cu_seqlens.diff().tolist()
     queries, keys = batch.segments.query_lengths, batch.segments.key_lengths
-    for both, rejected, seen in zip(queries[::2], queries[1::2], keys[1::2], strict=True):
+    for both, rejected, seen, *counts in zip(
+        queries[::2], queries[1::2], keys[1::2], scored[::2], scored[1::2], strict=True
+    ):
         prompt, fork, end = start + seen - rejected, start + both, start + both + rejected
-        pairs.append(Tokens(ids[start:prompt], ids[prompt:fork], ids[fork:end]))
+        pairs.append(_tokens(ids[start:prompt], ids[prompt:fork], ids[fork:end], counts))
         start = end
     return pairs
+
+
+def _tokens(prompt: list[int], chosen: list[int], rejected: list[int], scored: Sequence[int]) -> Tokens:
+    """A pair whose responses have so many scored tokens; the first one after an empty prompt is never scored."""
+    unscored = [len(response) - count for response, count in zip((chosen, rejected), scored, strict=True)]
+    return Tokens(prompt, chosen, rejected, *(count if prompt or count > 1 else 0 for count in unscored))
 
 
 def _encoded_pairs(batch: PreferenceBatch) -> list[Tokens]:
@@ -304,10 +325,11 @@ def _padded_pairs(batch: PreferenceBatch) -> list[Tokens]:
     rows = [row[:length] for row, length in zip(batch.input_ids.tolist(), lengths, strict=True)]
     scored = batch.cu_seqlens.diff().tolist()
     pairs = []
-    for chosen, rejected, count in zip(rows[::2], rows[1::2], scored[::2], strict=True):
-        prompt = len(chosen) - count
-        prompt -= chosen[:prompt] != rejected[:prompt]  # nothing predicts the first token after an empty prompt
-        pairs.append(Tokens(chosen[:prompt], chosen[prompt:], rejected[prompt:]))
+    for chosen, rejected, *counts in zip(rows[::2], rows[1::2], scored[::2], scored[1::2], strict=True):
+        unscored = min(len(chosen) - counts[0], len(rejected) - counts[1])
+        shared = zip(chosen[:unscored], rejected[:unscored], strict=True)
+        prompt = next((place for place, (one, other) in enumerate(shared) if one != other), unscored)
+        pairs.append(_tokens(chosen[:prompt], chosen[prompt:], rejected[prompt:], counts))
     return pairs
 
 
@@ -316,7 +338,9 @@ def _scored(pairs: Sequence[Pair], keys: Sequence[bytes], unscored: int = 1) -> 
     but a decoder's first token (`unscored` = 0).
     """
     responses = [
-        response[0 if pair.prompt else unscored :] for pair in pairs for response in (pair.chosen, pair.rejected)
+        response[max(first, 0 if pair.prompt else unscored) :]
+        for pair in pairs
+        for response, first in ((pair.chosen, pair.chosen_from), (pair.rejected, pair.rejected_from))
     ]
     return {
         "targets": torch.tensor([token for response in responses for token in response], dtype=torch.int64),

@@ -8,30 +8,54 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoTokenizer, DefaultFlowCallback, PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    DefaultFlowCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    ProgressCallback,
+)
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler
 
 from fastdpo.attention import CannotPack, backend_report
 from fastdpo.attention_backends import check_asked
+from fastdpo.card import TAGS
+from fastdpo.collator import Collator
 from fastdpo.config import DPOConfig
-from fastdpo.data import ID_COLUMNS, check_vocabulary, list_lengths, load_rows, prepare_tokenizer, tokenize_pairs
+from fastdpo.data import (
+    ID_COLUMNS,
+    TokenPair,
+    check_vocabulary,
+    list_lengths,
+    load_rows,
+    pair_of,
+    prepare_tokenizer,
+    text_part,
+    tokenize_pairs,
+)
+from fastdpo.images import Processing
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
 from fastdpo.losses import find_loss, pairwise_loss, sees_mean_reward, sees_reference
 from fastdpo.memory import PairLengths, plan_run, runs_fused
 from fastdpo.meta import add_meta_adapters, meta_model
 from fastdpo.metrics import RunFiles
+from fastdpo.mixture import mixed, several_sets, training_sets
 from fastdpo.model import (
     Policy,
     add_adapters,
@@ -62,7 +86,6 @@ from fastdpo_kernels.pair_loss import PairwiseLoss
 logger = logging.getLogger(__name__)
 
 Table = Dataset | IterableDataset
-COLUMNS = {"chosen", "chosen_ids"}  # a dict with one of them is a table, and not several
 EVALUATING = {"eval_strategy": ("steps", "epoch"), "save_strategy": ("best",)}  # values that evaluate
 Model = str | PreTrainedModel | PeftModel
 
@@ -123,8 +146,33 @@ def _settle_kind(model: Any, ref_model: Any, config: DPOConfig) -> None:
         raise ValueError(
             f"max_target_length={config.max_target_length} and {why} max_completion_length: leave the former out"
         )
+    if encodes and config.neftune_noise_alpha is not None:
+        raise ValueError("neftune_noise_alpha is for models of one sequence, and model is an encoder-decoder: drop it")
     if kinds["model"] != "decoder-only" and config.memory:
         raise ValueError(f"memory='auto' has no plan for {kinds['model']} models: leave it out")
+
+
+def check_padded_rows(model: Any, hooks: Mapping[str, Any], config: DPOConfig) -> None:
+    """`hooks` are the functions that see padded rows, by name; None where there is none. After `check_models`."""
+    for name, hook in hooks.items():
+        if hook is None:
+            continue
+        if not callable(hook):
+            raise ValueError(f"{name} is a {type(hook).__name__}, expected a function")
+        own = load_model_config(model, config) if isinstance(model, str) else base_model(model).config
+        if (kind := model_kind(own)) not in ("", "decoder-only"):
+            raise ValueError(f"{name} sees rows of decoder-only models of text, and model is {kind}: leave it out")
+    if hooks["data_collator"] is not None and (config.precompute_ref_log_probs or config.ref_log_probs):
+        raise ValueError(
+            "data_collator makes tokens anew in each epoch, whose reference log-probs cannot be known ahead: leave out "
+            "either it or precompute_ref_log_probs and ref_log_probs"
+        )
+
+
+def build_collator(data_collator: Any, policy: Policy, config: DPOConfig) -> Collator | None:
+    if data_collator is None:
+        return None
+    return Collator(data_collator, config.label_pad_token_id, input_embedding(policy.model).weight.shape[0])
 
 
 def _check_reference_options(model: Any, ref_model: Any, config: DPOConfig) -> None:
@@ -191,9 +239,11 @@ def _share_parameters(model: Any, ref_model: Any) -> bool:
 
 
 def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> Any:
-    """The given tokenizer, or the one that comes with the model; with a pad token. Raises ValueError where there is
-    none.
+    """The given tokenizer, or the one that comes with the model, with a pad token; the processor of a model that sees
+    images. Raises ValueError where there is none.
     """
+    own = load_model_config(model, config) if isinstance(model, str) else base_model(model).config
+    sees_images = model_kind(own) == "vision-language"
     if processing_class is None:
         name = model if isinstance(model, str) else base_model(model).config._name_or_path
         if not name:
@@ -201,8 +251,23 @@ def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> An
                 "processing_class is missing and the model was not loaded from a place that has a tokenizer: give one"
             )
         options = {"revision": config.model_revision} if isinstance(model, str) else {}
-        processing_class = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
-    prepare_tokenizer(processing_class)
+        source = AutoProcessor if sees_images else AutoTokenizer
+        try:
+            processing_class = source.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+        except ImportError as error:
+            error.add_note("fastdpo: for rows of text alone give the model's tokenizer as processing_class")
+            raise
+    tokenizer = text_part(processing_class)
+    if tokenizer is not processing_class and not sees_images:
+        raise ValueError(
+            f"processing_class is a {type(processing_class).__name__} and the model takes no images: pass its "
+            ".tokenizer to train on text, or give a vision-language model"
+        )
+    if config.pad_token is not None and hasattr(tokenizer, "get_vocab"):
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ValueError(f"pad_token={config.pad_token!r} is not in the tokenizer's vocabulary: give one that is")
+        tokenizer.pad_token = config.pad_token
+    prepare_tokenizer(tokenizer)
     return processing_class
 
 
@@ -210,24 +275,34 @@ def build_table(source: Any, tokenizer: Any, config: DPOConfig, name: str, split
     """Any dataset that load_rows takes -> token id columns; the first process of a machine fills datasets' cache."""
     with config.main_process_first():
         table = tokenize_pairs(load_rows(source, split, name), tokenizer, config, name)
-    if name == "train" and isinstance(table, IterableDataset) and config.max_steps < 1:
+    if name.startswith("train") and isinstance(table, IterableDataset) and config.max_steps < 1:
         raise ValueError(
             "train_dataset is a stream, whose length is not known: set max_steps to the number of optimizer steps"
         )
     return table
 
 
+def build_train_table(source: Any, tokenizer: Any, config: DPOConfig) -> Table:
+    """One training set, or several mixed by `train_dataset_weights`."""
+    weights, split, tables = config.train_dataset_weights, config.dataset_train_split, {}
+    for name, part in training_sets(source, weights).items():
+        tables[name] = build_table(part, tokenizer, config, f"train_{name}" if name else "train", split)
+    if len(tables) == 1:
+        return next(iter(tables.values()))
+    return mixed(tables, weights, config.seed if config.data_seed is None else config.data_seed)
+
+
 def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig, prefix: str = "eval") -> dict[str, Table]:
     """One evaluation set under the name "eval", or several named ones ("eval_NAME")."""
     if source is None:
         wants = [name for name in ("eval_strategy", "save_strategy") if getattr(config, name) in EVALUATING[name]]
-        wants += ["load_best_model_at_end"] if config.load_best_model_at_end else []
+        wants += [name for name in ("load_best_model_at_end", "generate_during_eval") if getattr(config, name)]
         if wants:
             raise ValueError(
                 f"{' and '.join(wants)} need an eval_dataset, and there is none: give one, or leave them out"
             )
         return {}
-    several = isinstance(source, Mapping) and not isinstance(source, DatasetDict) and not COLUMNS & set(source)
+    several = several_sets(source)
     if several and not source:
         raise ValueError("eval_dataset is an empty dict: give at least one named dataset, or None")
     named = {f"{prefix}_{key}": value for key, value in source.items()} if several else {prefix: source}
@@ -240,13 +315,19 @@ def build_policy(model: Model, peft_config: Any, config: DPOConfig, ranks: Ranks
     loaded: Any = add_adapters(load_model(model, config, adapters), peft_config, config)
     if config.use_peft and (routers := loaded.active_peft_config.exclude_modules):
         logger.info("adapters: on all linear layers but %d routers, such as %s", len(routers), next(iter(routers)))
+    if adapters and model_kind(base_model(loaded).config) == "vision-language":
+        named = [name for name, part in loaded.named_modules() if isinstance(part, BaseTunerLayer)]
+        seeing = sum("vision" in name or "visual" in name for name in named)
+        logger.info("adapters: on %d layers, %d of them in the vision tower", len(named), seeing)
     if config.model_adapter_name:
         loaded.set_adapter(config.model_adapter_name)
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     prepare_precision(loaded, autocast)
     ranks.equalise(place(loaded, config.device))
-    policy = Policy(loaded, autocast, noisy=not config.disable_dropout).train()
+    noisy = not config.disable_dropout or config.neftune_noise_alpha is not None
+    policy = Policy(loaded, autocast, noisy).train()
     policy.router_coef = _router_coef(base_model(loaded), config)
+    base_model(loaded).add_model_tags(list(TAGS))
     return policy
 
 
@@ -275,15 +356,36 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig,
     return Policy(loaded, policy.autocast)
 
 
-def common_layout(policy: Policy, ref_policy: Policy | None, tokenizer: Any) -> Layout:
-    """Packed where both models can, since they see the same batches."""
+def common_layout(
+    policy: Policy,
+    ref_policy: Policy | None,
+    processing_class: Any,
+    padding_value: int | None = None,
+    tables: Collection[Table | None] = (),
+) -> Layout:
+    """Packed where both models can, since they see the same batches; `tables` are those of the run."""
     rows = input_embedding(policy.model).weight.shape[0]
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id < rows else 0  # masked, so any token serves
-    layout = find_layout(policy, padding)
+    if padding_value is not None and padding_value >= rows:
+        raise ValueError(f"padding_value={padding_value}, and the model's embedding has {rows} rows: give one of them")
+    padding = text_part(processing_class).pad_token_id if padding_value is None else padding_value
+    padding = padding if padding < rows else 0  # masked, so any token serves
+    shown, processing = _pairs_with_images(tables), None
+    if isinstance(processing_class, ProcessorMixin):
+        processing = Processing(processing_class)
+        if not shown and any(table is not None for table in tables) and not processing.prefixes:
+            processing = None  # text alone, which may be packed
+    layout = find_layout(policy, padding, processing, shown)
     if ref_policy is None or not layout.packed:
         return layout
     other = find_layout(ref_policy, padding)
     return other if other.packed else replace(other, reason=f"ref_model: {other.reason}")
+
+
+def _pairs_with_images(tables: Iterable[Table | None]) -> list[TokenPair]:
+    """The first two."""
+    given = (table for table in tables if isinstance(table, Dataset) and "images_key" in table.column_names)
+    rows = (table[index] for table in given for index in range(len(table)))
+    return list(islice((pair for row in rows if (pair := pair_of(row)).images is not None), 2))
 
 
 def needs_reference(config: DPOConfig) -> bool:
@@ -381,7 +483,7 @@ def compute_reference(
     choose_adapters(model, None, config)
     tokenizer = find_tokenizer(None, model, config)
     tables = build_eval_tables(eval_dataset, tokenizer, config)
-    tables["train"] = build_table(train_dataset, tokenizer, config, "train", config.dataset_train_split)
+    tables["train"] = build_train_table(train_dataset, tokenizer, config)
     source = model if ref_model is None else ref_model
     frozen = config.use_peft or ref_model is not None
     loaded: Any = load_model(source, config, adapters=frozen)
@@ -393,7 +495,7 @@ def compute_reference(
     ranks.equalise(policy)
     tables = check_fit(policy, None, tables, tokenizer, config)
     with fused_blocks([policy], config):
-        layout = common_layout(policy, None, tokenizer)
+        layout = common_layout(policy, None, tokenizer, config.padding_value, tables.values())
         reference = Reference(policy, nullcontext, f"{source} alone", True, config.ld_alpha)
         remember(reference, tables, layout, config, source, ranks)
     return reference.known_rows
@@ -412,7 +514,7 @@ def check_fit(
     """The tables, after checking that the models have an embedding for every token and a position for every place."""
     model = base_model(policy.model)
     rows = min(input_embedding(part.model).weight.shape[0] for part in (policy, ref_policy) if part is not None)
-    checked = {name: check_vocabulary(table, rows, tokenizer) for name, table in tables.items()}
+    checked = {name: check_vocabulary(table, rows, text_part(tokenizer)) for name, table in tables.items()}
     for table in tables.values():
         _check_positions(model, _longest(table, config), config)
     return checked
@@ -478,12 +580,14 @@ def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config
     return handler
 
 
-def _dropout_in_words(policy: Policy) -> str:
+def _noise_in_words(policy: Policy, config: DPOConfig) -> str:
     configs: Any = getattr(policy.model, "peft_config", {})
     of_adapters = max((getattr(one, "lora_dropout", None) or 0.0 for one in configs.values()), default=0.0)
-    if policy.noisy or not of_adapters:
-        return "on" if policy.noisy else "off"
-    return f"off, lora_dropout={of_adapters:g} of the adapters included (disable_dropout=False turns it on)"
+    embeddings = "" if config.neftune_noise_alpha is None else f", noise {config.neftune_noise_alpha:g} on embeddings"
+    if not config.disable_dropout or not of_adapters:
+        return ("off" if config.disable_dropout else "on") + embeddings
+    off = f"off, lora_dropout={of_adapters:g} of the adapters included (disable_dropout=False turns it on)"
+    return off + embeddings
 
 
 @contextmanager
@@ -519,7 +623,7 @@ def describe(
     )
     if quantized := weights_report(policy):
         logger.info("base weights: %s", quantized)
-    logger.info("device: %s, matrix products in %s, dropout %s", device, products, _dropout_in_words(policy))
+    logger.info("device: %s, matrix products in %s, dropout %s", device, products, _noise_in_words(policy, config))
     if not fused and (misread := misread_layers(policy)):
         logger.warning(
             "bitsandbytes reads the 4-bit weights of %d layers wrongly on this CPU, such as %s, as their rows end "
@@ -542,6 +646,7 @@ def describe(
     kernels = linear_logps.method_report(config.device), pair_loss.method_report(config.device)
     for name, path in (*kernels[0], *kernels[1], *(backend_report(layout.attention) if layout.packed else [])):
         logger.info("%s: %s", name, path)
+    budget = token_budget(config, layout)
     weights = config.loss_weights or [1] * len(config.loss_type)
     losses = " + ".join(f"{weight:g} {name}" for name, weight in zip(loss_names(config), weights, strict=True))
     logger.info(
@@ -550,5 +655,5 @@ def describe(
         config.beta,
         config.learning_rate,
         config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.count,
-        f"{budget} tokens" if (budget := token_budget(config)) else f"{config.per_device_train_batch_size} pairs",
+        f"{budget} tokens" if budget else f"{config.per_device_train_batch_size} pairs",
     )

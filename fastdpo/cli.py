@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Names of TRL's scripts that are no options here: what to do instead.
 _REFUSED_INPUTS = {
-    "datasets": "mix datasets in Python with datasets.concatenate_datasets and call fastdpo.train",
+    "datasets": "give several to --train_dataset, and --train_dataset_weights if they are to be drawn by weight",
     "streaming": "it belongs to a mixture of datasets; for one dataset use --dataset_streaming",
     "test_split_size": "split the file beforehand and give --eval_dataset",
     "ignore_bias_buffers": "it works around a fault of several-process training with old models; leave it out",
@@ -181,7 +181,7 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
             raise ValueError(f"{folder} has no tokenizer to count tokens with: leave --train_dataset out, or add one.")
         tokenizer = build.find_tokenizer(None, str(folder), config)
         rows, held_out = _datasets(inputs, config)
-        tables = [build.build_table(rows, tokenizer, config, "train", config.dataset_train_split)]
+        tables = [build.build_train_table(rows, tokenizer, config)]
         tables += build.build_eval_tables(held_out, tokenizer, config).values()
 
     made = memory.plan_memory(
@@ -239,22 +239,40 @@ def _datasets(inputs: argparse.Namespace, config: "DPOConfig") -> tuple[Any, Any
     """Training and evaluation rows; a dataset with splits serves for both, as in TRL's script."""
     rows, held_out = inputs.train_dataset, inputs.eval_dataset
     if held_out is None and config.eval_strategy != "no":
-        if Path(rows).expanduser().is_file():
+        if isinstance(rows, list) or Path(rows).expanduser().is_file():
             raise ValueError(
                 f"eval_strategy needs rows to evaluate on, and {rows} has no split for them: give --eval_dataset."
             )
         held_out = rows
     if inputs.dataset_config is None and not inputs.dataset_streaming:
         return rows, held_out
-    return (
-        _from_hub(rows, config.dataset_train_split, inputs),
-        None if held_out is None else _from_hub(held_out, config.dataset_test_split, inputs),
-    )
+    return _from_hub(rows, config.dataset_train_split, inputs), _from_hub(held_out, config.dataset_test_split, inputs)
 
 
-def _from_hub(name: str, split: str, inputs: argparse.Namespace) -> Any:
+def _one_or_named(parser: "_Parser", words: list[str] | None) -> str | dict[str, str] | None:
+    """ROWS, or several sets as NAME=ROWS, a file's name being one."""
+    if not words or len(words) == 1 and "=" not in words[0]:
+        return words[0] if words else None
+    named = {}
+    for word in words:
+        name, equals, rows = word.partition("=")
+        name, rows = (name, rows) if equals else (Path(word).stem, word)
+        if name in named:
+            parser.error(f"--eval_dataset has two sets called {name!r}: give names, as in other={rows}")
+        named[name] = rows
+    return named
+
+
+def _from_hub(name: Any, split: str, inputs: argparse.Namespace) -> Any:
+    """A dataset by its name, or a list or a dict of such."""
     import datasets
 
+    if isinstance(name, list):
+        return [_from_hub(one, split, inputs) for one in name]
+    if isinstance(name, dict):
+        return {key: _from_hub(one, split, inputs) for key, one in name.items()}
+    if name is None:
+        return None
     if Path(name).expanduser().exists():
         raise ValueError(
             f"dataset_config and dataset_streaming are for datasets of the Hub, and {name} is here: drop them."
@@ -323,12 +341,17 @@ def _add_inputs(group: Any) -> None:
     group.add_argument("--config", metavar="FILE", help="YAML file of options; the command line wins over it")
     group.add_argument("--model", "--model_name_or_path", help="directory or Hub name of the model to train")
     group.add_argument(
-        "--train_dataset", "--dataset_name", metavar="ROWS", help="jsonl, json, parquet or csv file, or Hub name"
+        "--train_dataset",
+        "--dataset_name",
+        nargs="+",
+        metavar="ROWS",
+        help="jsonl, json, parquet or csv file, or Hub name; several are mixed, see train_dataset_weights",
     )
     group.add_argument(
         "--eval_dataset",
+        nargs="+",
         metavar="ROWS",
-        help="rows to evaluate on (default: dataset_test_split of a dataset with splits)",
+        help="rows to evaluate on, several sets as NAME=ROWS (default: dataset_test_split of a dataset with splits)",
     )
     group.add_argument("--ref_model", metavar="MODEL", help="the reference (default: the model before training)")
     group.add_argument("--dataset_config", metavar="NAME", help="configuration of a Hub dataset (default: none)")
@@ -461,6 +484,9 @@ def parse_training(parser: _Parser, argv: list[str]) -> tuple[argparse.Namespace
     for name, value in vars(inputs).items():
         if name in needed and value is None:
             parser.error(f"--{name} is missing: {(parser.usage or '').removesuffix(' [options]')}")
+    inputs.eval_dataset = _one_or_named(parser, inputs.eval_dataset)
+    if inputs.train_dataset and len(inputs.train_dataset) == 1:
+        (inputs.train_dataset,) = inputs.train_dataset
     return inputs, options
 
 
@@ -496,6 +522,8 @@ def _words_of_option(name: str, value: Any) -> list[str]:
 
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
+    if name == "eval_dataset" and isinstance(value, dict):
+        return [f"--{name}", *(f"{key}={rows}" for key, rows in value.items())]
     present = VERDICTS[name].instead if name in VERDICTS and VERDICTS[name].kind == "renamed" else name
     if value is False and "no" in CHOICES.get(present, ()):
         value = "no"  # as YAML reads an unquoted no

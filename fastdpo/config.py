@@ -43,9 +43,12 @@ logger = logging.getLogger(__name__)
 IGNORES_OPTIM_ARGS = ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad")
 
 
-_LISTS = ("loss_type", "loss_weights", "lora_target_modules", "lora_modules_to_save")
+_LISTS = ("train_dataset_weights", "loss_type", "loss_weights", "lora_target_modules")
+_LISTS += ("lora_target_parameters", "lora_modules_to_save")
 _DICTS = ("model_init_kwargs", "rope_scaling", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
 _DICTS += ("activation_checkpointing_kwargs", "quantization_config", "ref_model_init_kwargs")
+# Of model_init_kwargs: arguments of from_pretrained -> the options that they are
+_LOADING = {name: name for name in ("trust_remote_code", "attn_implementation")} | {"revision": "model_revision"}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a dict"}
 
 
@@ -103,10 +106,6 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
-def _later(default: Any) -> Any:
-    return _option(default, "Documented for DPO; not available yet in this version.")
-
-
 @_takes_old_names
 @dataclass(repr=False)  # the inherited text hides tokens
 class DPOConfig(TrainingArguments):
@@ -132,6 +131,9 @@ class DPOConfig(TrainingArguments):
     lora_alpha: int = _option(32, "Scale of the adapters, divided by lora_r.")
     lora_dropout: float = _option(0.0, "Dropout before the adapters; needs disable_dropout=False.")
     lora_target_modules: list[str] | None = _option(None, "Modules that get an adapter; unset: all linear ones.")
+    lora_target_parameters: list[str] | None = _option(
+        None, "Parameters that get an adapter, such as the 3-D weights of experts (mlp.experts.gate_up_proj)."
+    )
     lora_modules_to_save: list[str] | None = _option(None, "Modules trained in full beside the adapters.")
     use_rslora: bool = _option(False, "Scale adapters by the square root of lora_r.")
     use_dora: bool = _option(False, "Train magnitude and direction apart (DoRA).")
@@ -145,6 +147,9 @@ class DPOConfig(TrainingArguments):
     quantization_config: dict | str | None = _option(None, "A BitsAndBytesConfig in place of these, as JSON.")
 
     # Data
+    train_dataset_weights: list[float] | None = _option(
+        None, "Weight of each of several training sets; unset: all of their rows once an epoch."
+    )
     dataset_train_split: str = _option("train", "Split to train on.")
     dataset_test_split: str = _option("test", "Split to evaluate on.")
     max_length: int | None = _option(1024, "Longest prompt plus response, in tokens; none: no limit.")
@@ -211,7 +216,7 @@ class DPOConfig(TrainingArguments):
     activation_checkpointing: bool | None = _option(None, "Newer name of gradient_checkpointing.")
     activation_checkpointing_kwargs: dict | str | None = _option(None, "Newer name of gradient_checkpointing_kwargs.")
 
-    # Documented for DPO, not available yet
+    # More that TRL's trainers have had
     sync_ref_model: bool = _option(False, "TR-DPO: move the reference towards the policy while training.")
     ref_model_mixup_alpha: float = _option(0.9, "Share of the policy in the reference at each move; 1 replaces it.")
     ref_model_sync_steps: int = _option(64, "Optimizer steps between moves of the reference.")
@@ -224,12 +229,14 @@ class DPOConfig(TrainingArguments):
     router_aux_loss_coef: float | None = _option(
         None, "Weight of the routers' auxiliary loss of a mixture of experts. Unset: as the model's config asks for."
     )
-    generate_during_eval: bool = _later(False)
+    generate_during_eval: bool = _option(
+        False, "At each evaluation, sample answers of policy and reference to a few of its prompts."
+    )
     is_encoder_decoder: bool | None = _option(None, "Seen from the model; a value that it contradicts is refused.")
     max_target_length: int | None = _option(None, "Of encoder-decoders: longest response, in tokens.")
-    label_pad_token_id: int = _later(-100)
-    padding_value: int | None = _later(None)
-    pad_token: str | None = _later(None)
+    label_pad_token_id: int = _option(-100, "What labels of a data_collator have where nothing is scored.")
+    padding_value: int | None = _option(None, "Token id that fills padded rows, and is masked; unset: the pad token's.")
+    pad_token: str | None = _option(None, "The tokenizer's pad token, one of its vocabulary; unset: its own.")
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -273,6 +280,7 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
         self._join_quantization()
+        self._join_loading()
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
         self.f_divergence_type = getattr(self.f_divergence_type, "value", self.f_divergence_type)  # TRL 0.11's enum
@@ -296,6 +304,21 @@ class DPOConfig(TrainingArguments):
             self.quantization_config = more["quantization_config"]
         if hasattr(self.quantization_config, "to_dict"):
             self.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]
+
+    def _join_loading(self) -> None:
+        """What model_init_kwargs says of options that have a field goes there, for the tokenizer heeds them, too; and
+        dtype has one name, as from_pretrained would ignore the old one beside it.
+        """
+        for name in ("model_init_kwargs", "ref_model_init_kwargs"):
+            given = getattr(self, name)
+            if isinstance(given, dict):
+                setattr(self, name, present_names(given, {*given, "dtype"} - {"torch_dtype"}))
+        more: Any = self.model_init_kwargs
+        for name, option in _LOADING.items() if isinstance(more, dict) else ():
+            value, field = more.pop(name, None), getattr(self, option)
+            if value not in (None, field) and field != _defaults(DPOConfig)[option]:
+                raise ValueError(f"{option}={field!r}, and model_init_kwargs has {name}={value!r}: give one of them.")
+            setattr(self, option, field if value is None else value)
 
     @property
     def quantizes(self) -> bool:
@@ -419,6 +442,8 @@ class DPOConfig(TrainingArguments):
             for name in self.given_lora_options():
                 raise ValueError(f"{name}={getattr(self, name)!r} has no effect without adapters: set use_peft=True.")
         self._check_quantization()
+        if self.train_dataset_weights and min(self.train_dataset_weights) <= 0:
+            raise ValueError(f"train_dataset_weights must be above 0, got {self.train_dataset_weights}.")
         if self.lora_dropout and self.disable_dropout:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} needs disable_dropout=False, which trains with dropout."
@@ -441,6 +466,11 @@ class DPOConfig(TrainingArguments):
             )
         if self.memory and (self.use_cpu or not torch.cuda.is_available()):
             raise ValueError("memory='auto' plans for an NVIDIA GPU, and there is none: leave it out.")
+        for name in ("dataloader_multiprocessing_context", "dataloader_in_order"):
+            if getattr(self, name) != _defaults(DPOConfig)[name] and not self.dataloader_num_workers:
+                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without dataloader_num_workers: set it")
+        if not self.dataloader_in_order and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("dataloader_in_order=False would give each process other rows: leave it out.")
         compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if getattr(self, name)]
         if compiles and not self.torch_compile:
             raise ValueError(f"{compiles[0]}={getattr(self, compiles[0])!r} has no effect without torch_compile=True.")

@@ -8,6 +8,9 @@ it ends where it stops being a common token prefix of both.
 
 BOS is there once if the tokenizer or the chat template writes one. EOS ends every answer that came as a string, once;
 a chat ends as its template ends it. Rows with nothing to learn from are dropped and counted, never trained on.
+
+With a vision-language model's processor, prompts may show images (`images.py`). No image is ever cut: only answers are
+shortened, and a row whose prompt leaves them no room is dropped and counted.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import json
 import logging
 import struct
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,10 +32,13 @@ import tokenizers
 import transformers
 from datasets import Dataset, Features, IterableDataset, List, Value
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from fastdpo.images import Images, Processing, files_of, stored_images, with_parts
 from fastdpo.rows import (
+    COMPLETION_COLUMNS,
     ID_COLUMNS,
+    IMAGE_COLUMNS,
     OPTION_COLUMNS,
     check_columns,
     common_prefix_length,
@@ -42,6 +49,7 @@ from fastdpo.rows import (
     without_none,
 )
 from fastdpo.sources import load_rows
+from fastdpo.unpaired import FROM_COLUMNS, check_unpaired, is_unpaired, liked, pair_up
 
 if TYPE_CHECKING:
     from fastdpo.config import DPOConfig
@@ -51,6 +59,7 @@ __all__ = [
     "TokenPair",
     "check_vocabulary",
     "load_rows",
+    "pair_of",
     "prepare_tokenizer",
     "row_key",
     "tokenize_pairs",
@@ -59,7 +68,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-KEPT, EMPTY, EQUAL = 0, 1, 2  # what becomes of a row
+KEPT, EMPTY, EQUAL, NO_ROOM = FATES = 0, 1, 2, 3  # what becomes of a row
+IMAGE_ROWS = 16  # tokenized at a time where rows may have images, so that few of these are in memory
 SHOWN_CHARACTERS = 400  # of each part of the example row
 
 
@@ -70,6 +80,10 @@ class TokenPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    # how many tokens at the beginning of a response are not scored, see unpaired.py
+    chosen_from: int = field(default=0, kw_only=True)
+    rejected_from: int = field(default=0, kw_only=True)
+    images: Images | None = field(default=None, kw_only=True)  # what the prompt shows
 
     @property
     def length(self) -> int:
@@ -92,7 +106,19 @@ def row_key(pair: TokenPair) -> bytes:
     digest = blake2b(struct.pack("<3q", len(pair.prompt), len(pair.chosen), len(pair.rejected)), digest_size=16)
     for ids in (pair.prompt, pair.chosen, pair.rejected):
         digest.update(np.asarray(ids, dtype="<i4").tobytes())
+    if pair.chosen_from or pair.rejected_from:
+        digest.update(struct.pack("<2q", pair.chosen_from, pair.rejected_from))
+    if pair.images is not None:
+        digest.update(pair.images.key)
     return digest.digest()
+
+
+def pair_of(row: Mapping[str, Any]) -> TokenPair:
+    """Of a row of a tokenized table."""
+    unscored = {column: row.get(column) or 0 for column in FROM_COLUMNS}
+    key = row.get("images_key")
+    images = Images(row["prompt_text"], files_of(row), key) if key else None
+    return TokenPair(*(row[column] for column in ID_COLUMNS), **unscored, images=images)
 
 
 def truncate(pair: TokenPair, limits: Limits | DPOConfig) -> TokenPair:
@@ -115,6 +141,11 @@ def truncate(pair: TokenPair, limits: Limits | DPOConfig) -> TokenPair:
         if limit is not None:
             answers = [ids[: max(limit - len(prompt), 0)] for ids in answers]
     return TokenPair(prompt, *answers)
+
+
+def text_part(processing_class: Any) -> Any:
+    """The tokenizer of a processor, or what was given."""
+    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
 
 
 def prepare_tokenizer(tokenizer: Any) -> None:
@@ -147,7 +178,8 @@ def check_vocabulary(
         checked = {"embedding_rows": embedding_rows, "tokenizer": tokenizer}
         return table.map(_check_batch_vocabulary, batched=True, fn_kwargs=checked, features=_id_features())
     if isinstance(table, Dataset):
-        batches = table.with_format("arrow").iter(batch_size=10_000)  # Arrow's flat values: no list per row
+        ids = table.select_columns(list(ID_COLUMNS))
+        batches = ids.with_format("arrow").iter(batch_size=10_000)  # Arrow's flat values: no list per row
         columns = (column.combine_chunks().flatten().to_numpy() for batch in batches for column in batch.columns)  # type: ignore[union-attr]
         largest = int(max((column.max() for column in columns if len(column)), default=-1))
     else:
@@ -184,6 +216,7 @@ class _Row(NamedTuple):
     is_empty: bool  # an answer says nothing
     messages: list[dict] | None = None
     options: dict[str, Any] = {}
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -205,15 +238,33 @@ class _Encoder:
             pairs = [(TokenPair(*given_ids(row, where)), False) for row, where in zip(rows, places, strict=True)]
         else:
             pairs = self._tokenize([self._texts(row, where) for row, where in zip(rows, places, strict=True)], places)
-        encoded: dict[str, list] = {column: [] for column in (*ID_COLUMNS, "fate", "length", "truncated", "moved")}
+        columns = (*ID_COLUMNS, "fate", "length", "truncated", "moved", *self.image_columns)
+        encoded: dict[str, list] = {column: [] for column in columns}
         for whole, moved in pairs:
             pair = self._fit(whole)
             fate = self._fate(pair)
             kept = fate == KEPT
             values = (pair.prompt, pair.chosen, pair.rejected) if kept else ([], [], [])
-            for column, value in zip(encoded, (*values, fate, pair.length, pair != whole, moved), strict=True):
+            values += (fate, pair.length, pair != whole, moved)
+            if self.image_columns:
+                values += ("", b"") if pair.images is None else (pair.images.text, pair.images.key)
+            for column, value in zip(encoded, values, strict=True):
                 encoded[column].append(value)
         return encoded
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        """What the table has beside images."""
+        return ()
+
+    @property
+    def renderer(self) -> Any:
+        """What renders chat messages."""
+        return self.tokenizer
+
+    def finish(self, table: Dataset) -> Dataset:
+        """What is trained on, of the rows that are kept."""
+        return table
 
     def _fit(self, pair: TokenPair) -> TokenPair:
         return truncate(pair, self.limits)
@@ -242,7 +293,7 @@ class _Encoder:
         return _Row(*texts, is_empty=False, messages=prompt, options=options)
 
     def _template_options(self, row: dict[str, Any], where: str) -> dict[str, Any]:
-        if self.tokenizer.chat_template is None:
+        if self.renderer.chat_template is None:
             raise ValueError(
                 f"{where} holds chat messages, but the tokenizer has no chat template. Use the instruction-tuned "
                 "model's tokenizer, set tokenizer.chat_template, or give prompt, chosen and rejected as strings."
@@ -261,7 +312,7 @@ class _Encoder:
 
     def _render(self, messages: list[dict], options: dict[str, Any], where: str, **more: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, **options, **more, tokenize=False)  # type: ignore[return-value]
+            return self.renderer.apply_chat_template(messages, **options, **more, tokenize=False)  # type: ignore[return-value]
         except (TemplateError, TypeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(f"{where}: the chat template refuses the messages ({roles}): {error}") from error
@@ -308,6 +359,28 @@ class _Encoder:
         )
 
 
+class _UnpairedEncoder(_Encoder):
+    """Of rows with one completion: its tokens go to the side that its label says, and the other side stays empty."""
+
+    def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        likes = [
+            liked(label, f"The {self.name} dataset, row {i}") for label, i in zip(batch["label"], indices, strict=True)
+        ]
+        kept = {column: values for column, values in batch.items() if column not in COMPLETION_COLUMNS}
+        encoded = super().__call__({**kept, **dict.fromkeys(("chosen", "rejected"), batch["completion"])}, indices)
+        for column, side in (("chosen_ids", True), ("rejected_ids", False)):
+            encoded[column] = [ids if like == side else [] for like, ids in zip(likes, encoded[column], strict=True)]
+        parts = [encoded[column] for column in ID_COLUMNS]
+        encoded["length"] = [sum(map(len, ids)) for ids in zip(*parts, strict=True)]
+        return encoded
+
+    def _fate(self, pair: TokenPair) -> int:
+        return KEPT if super()._fate(pair) == EQUAL else EMPTY
+
+    def finish(self, table: Dataset) -> Dataset:
+        return pair_up(table, self.name)
+
+
 @dataclass(frozen=True)
 class _SeparateEncoder(_Encoder):
     """Of an encoder-decoder: prompt and answers are tokenized apart, each with what the tokenizer writes around it."""
@@ -347,6 +420,82 @@ class _SeparateEncoder(_Encoder):
         return _fate(pair, sum(map(len, self.around_answer)))
 
 
+@dataclass(frozen=True)
+class _ImageEncoder(_Encoder):
+    """Of a processor: prompts may show images, whose tokens it writes."""
+
+    processing: Processing
+
+    @property
+    def image_columns(self) -> tuple[str, ...]:
+        return ("prompt_text", "images_key")
+
+    @property
+    def renderer(self) -> Any:
+        return self.processing.processor
+
+    def _texts(self, row: dict[str, Any], where: str) -> _Row:
+        files = files_of(row)
+        parts = split_row(row, where)
+        if isinstance(parts[0], list):
+            counts = {"the prompt": len(files), "chosen": 0, "rejected": 0}
+            given = zip(parts, counts.items(), strict=True)
+            parts = [with_parts(messages, images, name, where) for messages, (name, images) in given]
+        texts = super()._texts({**row, **dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))}, where)
+        return texts if texts.is_empty else texts._replace(images=self.processing.images(texts.prompt, files, where))
+
+    def _tokenize(self, rows: list[_Row], places: list[str]) -> Iterator[tuple[TokenPair, bool]]:
+        for (pair, moved), row, where in zip(super()._tokenize(rows, places), rows, places, strict=True):
+            pair = pair if row.images is None else self._shown(pair, row, where)
+            stray = [*pair.chosen, *pair.rejected, *([] if row.images else pair.prompt)]
+            if not self.processing.image_tokens.isdisjoint(stray):
+                raise ValueError(
+                    f"{where} has a placeholder for an image where there is none: only the prompt shows images, those "
+                    "of the columns 'image' or 'images'. Remove it from the text."
+                )
+            yield pair, moved
+
+    def _shown(self, pair: TokenPair, row: _Row, where: str) -> TokenPair:
+        """The same with the prompt's tokens as the processor writes them, placeholders replaced by images' tokens.
+
+        Both end alike, so that what the answers took of the prompt's end is known; or else the processor ends a prompt
+        in its own way (PaliGemma: with a line break), and answers are tokenized apart from it.
+        """
+        assert row.images is not None
+        made = self.processing.prompt_ids(row.images, where)
+        if row.messages is None and not set(self.prefix) & set(made):
+            made = self.prefix + made
+        plain = self._ids([row.prompt])[0]
+        taken = len(self._with_bos(plain) if row.messages is None else plain) - len(pair.prompt)
+        if common_prefix_length(plain[::-1], made[::-1]) > taken:
+            return TokenPair(made[: len(made) - taken], pair.chosen, pair.rejected, images=row.images)
+        if not (row.chosen.startswith(row.prompt) and row.rejected.startswith(row.prompt)):
+            raise ValueError(
+                f"{where}: the chat template renders the prompt differently once an answer follows, and the processor "
+                "ends it in its own way. Give prompt, chosen and rejected as strings."
+            )
+        end: list[Any] = [] if row.messages else [self.tokenizer.eos_token_id]
+        chosen, rejected = self._ids([text[len(row.prompt) :] for text in (row.chosen, row.rejected)])
+        return TokenPair(made, chosen + end, rejected + end, images=row.images)
+
+    def _fit(self, pair: TokenPair) -> TokenPair:
+        """Cuts no prompt that shows images; where it would have to be cut, nothing is left of the answers."""
+        if pair.images is None:
+            return super()._fit(pair)
+        limits = self.limits
+        chosen, rejected = (ids[: limits.max_completion_length] for ids in (pair.chosen, pair.rejected))
+        limit, prompt_limit = limits.max_length, limits.max_prompt_length
+        if limit is None or len(pair.prompt) + max(len(chosen), len(rejected)) > limit:
+            room = None if limit is None else max(limit - len(pair.prompt), 0)
+            if prompt_limit is not None and len(pair.prompt) > prompt_limit:
+                room = 0
+            chosen, rejected = chosen[:room], rejected[:room]
+        return TokenPair(pair.prompt, chosen, rejected, images=pair.images)
+
+    def _fate(self, pair: TokenPair) -> int:
+        return NO_ROOM if pair.images is not None and not (pair.chosen and pair.rejected) else super()._fate(pair)
+
+
 def _within(ids: list[int], around: tuple[list[int], list[int]]) -> list[int]:
     return [*around[0], *ids, *around[1]]
 
@@ -382,9 +531,13 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, argument: str = "text") -> 
 
 
 def tokenize_pairs(
-    rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, config: DPOConfig, name: str
+    rows: Dataset | IterableDataset,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    config: DPOConfig,
+    name: str,
 ) -> Dataset | IterableDataset:
-    """Rows as columns of token ids (prompt_ids, chosen_ids, rejected_ids), without those that teach nothing.
+    """Rows as columns of token ids (prompt_ids, chosen_ids, rejected_ids), without those that teach nothing. Rows with
+    images keep them, beside the prompt's text and a digest (prompt_text, images_key).
 
     Says in the log how many rows were dropped and why, and shows one row with its scored part marked. Rows that come
     with these three columns are checked, truncated and dropped by the same rules. A stream stays a stream: its drops
@@ -394,22 +547,53 @@ def tokenize_pairs(
     if first is None:
         raise ValueError(f"The {name} dataset is empty: it has no rows.")
     columns = rows.column_names or list(first)  # a generator's are known by its first row only
-    check_columns(columns, name)
-    encoder = _encoder(tokenizer, config, name)
+    processing = Processing(processing_class) if isinstance(processing_class, ProcessorMixin) else None
+    if unpaired := is_unpaired(columns):
+        check_unpaired(columns, config, name)
+    else:
+        check_columns(columns, name, images=processing is not None)
+    if shown := [column for column in IMAGE_COLUMNS if column in columns]:
+        if unpaired or isinstance(rows, IterableDataset):
+            what = "unpaired rows" if unpaired else "a stream"
+            raise ValueError(f"The {name} dataset is {what}, with images: give pairs in a table, or drop {shown[0]!r}.")
+        with _progress_bars(config):
+            rows = stored_images(rows, shown[0], name)
+        first = rows.with_format(None)[0]
+    encoder = _encoder(text_part(processing_class), config, name, unpaired, processing)
     encoder({column: [value] for column, value in first.items()}, [0])  # a wrong format fails here, not in a process
     if isinstance(rows, IterableDataset):
+        if unpaired:
+            raise ValueError(f"The {name} dataset is a stream of unpaired rows, which are paired all at once: load it.")
         options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
         counted = {"encoder": encoder, "tally": Counter()}
         return rows.with_format(None).map(_encode_and_count, fn_kwargs=counted, features=_id_features(), **options)
     return _tokenize_table(rows.with_format(None), encoder, config)
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, config: DPOConfig, name: str) -> _Encoder:
+def row_pair(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, config: DPOConfig) -> TokenPair:
+    """One row as `tokenize_pairs` makes it. Raises ValueError for a row that it would drop."""
+    check_columns(list(row), "given")
+    encoded = _encoder(text_part(tokenizer), config, "given")({column: [value] for column, value in row.items()}, [0])
+    if encoded["fate"] != [KEPT]:
+        raise ValueError("The row has nothing to learn from: a response is empty, or both are equal. Leave it out.")
+    return TokenPair(*(encoded[column][0] for column in ID_COLUMNS))
+
+
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase,
+    config: DPOConfig,
+    name: str,
+    unpaired: bool = False,
+    processing: Processing | None = None,
+) -> _Encoder:
     answer = config.max_target_length or config.max_completion_length
     limits = Limits(config.max_length, config.max_prompt_length, answer, config.truncation_mode)
     around = _special_ids(tokenizer)
+    if processing is not None and not unpaired:
+        return _ImageEncoder(tokenizer, limits, name, around[0], processing)
     if not config.is_encoder_decoder:
-        return _Encoder(tokenizer, limits, name, around[0])  # what it writes after a text is replaced by EOS
+        kind = _UnpairedEncoder if unpaired else _Encoder
+        return kind(tokenizer, limits, name, around[0])  # what it writes after a text is replaced by EOS
     before, after = _special_ids(tokenizer, "text_target")
     if tokenizer.eos_token_id not in after:
         after = [*after, tokenizer.eos_token_id]  # type: ignore[list-item]
@@ -417,36 +601,54 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, config: DPOConfig, name: str) -
 
 
 def _tokenize_table(rows: Dataset, encoder: _Encoder, config: DPOConfig) -> Dataset:
-    hide_bar = bool(config.disable_tqdm) and not datasets.are_progress_bars_disabled()
-    if hide_bar:
-        datasets.disable_progress_bars()
-    try:
+    with _progress_bars(config):
         table = rows.map(
             encoder,
             batched=True,
+            batch_size=IMAGE_ROWS if encoder.image_columns else 1000,
             with_indices=True,
             num_proc=config.dataset_num_proc,
             remove_columns=rows.column_names,
-            features=_id_features(fate="int8", length="int32", truncated="bool", moved="bool"),
+            features=_id_features(
+                **{"fate": "int8", "length": "int32", "truncated": "bool", "moved": "bool"},
+                **dict(zip(encoder.image_columns, ("string", "binary"), strict=False)),
+            ),
             new_fingerprint=_fingerprint(rows, encoder),
             desc=f"Tokenizing the {encoder.name} dataset",
         )
-    finally:
-        if hide_bar:
-            datasets.enable_progress_bars()
     columns = table.select_columns(["fate", "length", "truncated", "moved"]).with_format("numpy")[:]
     kept = columns["fate"] == KEPT
-    tally: Counter[Any] = Counter({fate: int((columns["fate"] == fate).sum()) for fate in (KEPT, EMPTY, EQUAL)})
+    tally: Counter[Any] = Counter({fate: int((columns["fate"] == fate).sum()) for fate in FATES})
     for column in ("truncated", "moved"):
         tally[column] = int(columns[column][kept].sum())
     summary = f"{encoder.name}: {_summary(tally)}"
     if not kept.any():
         raise ValueError(f"No row of the {encoder.name} dataset can be trained on. {summary}.")
     logger.info(f"{summary}; longest pair {columns['length'][kept].max()} tokens, {tally['truncated']} truncated")
-    table = table.select_columns(list(ID_COLUMNS))
-    table = table if kept.all() else table.select(np.flatnonzero(kept))
-    logger.info(_example(TokenPair(*(table[0][column] for column in ID_COLUMNS)), encoder))
+    shown = set(IMAGE_COLUMNS) & set(rows.column_names)
+    table = table.select_columns([*ID_COLUMNS, *(encoder.image_columns if shown else ())])
+    others = [column for column in rows.column_names if column not in table.column_names]
+    if config.remove_unused_columns:  # else a data_collator is given all of them
+        others = [column for column in others if column in IMAGE_COLUMNS]
+    if others:
+        table = datasets.concatenate_datasets([table, rows.select_columns(others)], axis=1)
+    with _progress_bars(config):
+        table = encoder.finish(table if kept.all() else table.select(np.flatnonzero(kept)))
+    logger.info(_example(pair_of(table[0]), encoder))
     return table
+
+
+@contextmanager
+def _progress_bars(config: DPOConfig) -> Iterator[None]:
+    """Within it datasets shows none, where `disable_tqdm` has it so."""
+    hidden = bool(config.disable_tqdm) and not datasets.are_progress_bars_disabled()
+    if hidden:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            datasets.enable_progress_bars()
 
 
 def _encode_and_count(
@@ -468,11 +670,13 @@ def _encode_and_count(
 
 
 def _summary(tally: Counter[Any]) -> str:
-    total = tally[KEPT] + tally[EMPTY] + tally[EQUAL]
+    total = sum(tally[fate] for fate in FATES)
     text = (
         f"{total} rows, {tally[KEPT]} kept, dropped {tally[EMPTY]} with an empty completion, "
         f"{tally[EQUAL]} with chosen equal to rejected"
     )
+    if tally[NO_ROOM]:
+        text += f", {tally[NO_ROOM]} whose prompt with its images leaves no room within max_length or max_prompt_length"
     if tally["moved"]:
         text += f"; in {tally['moved']} the last prompt tokens count as answer, as they change when one follows"
     return text
@@ -480,16 +684,17 @@ def _summary(tally: Counter[Any]) -> str:
 
 def _example(pair: TokenPair, encoder: _Encoder) -> str:
     """A row as the model sees it. With an empty prompt, the first token of an answer stays outside of the marks."""
-    unscored = 0 if pair.prompt else 1
     lines = [f"{encoder.name}: one row as the model sees it, scored between ⟦ and ⟧"]
-    for label, answer in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    sides = (("chosen", pair.chosen, pair.chosen_from), ("rejected", pair.rejected, pair.rejected_from))
+    for label, answer, first in sides:
+        unscored = first if pair.prompt else max(first, 1)
         context, scored = (
             str(encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
             for ids in ([*pair.prompt, *answer[:unscored]], answer[unscored:])
         )
         context = context if len(context) <= SHOWN_CHARACTERS else "…" + context[-SHOWN_CHARACTERS:]
         scored = scored if len(scored) <= SHOWN_CHARACTERS else scored[:SHOWN_CHARACTERS] + "…"
-        lines.append(f"  {label}: {context if label == 'chosen' else '(same prompt)'}⟦{scored}⟧")
+        lines.append(f"  {label}: {context if label == 'chosen' or first else '(same prompt)'}⟦{scored}⟧")
     return "\n".join(lines)
 
 
@@ -508,10 +713,12 @@ def _fingerprint(rows: Dataset, encoder: _Encoder) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     template = json.dumps(tokenizer.chat_template) if tokenizer.chat_template is not None else ""
-    options = {name: value for name, value in vars(encoder).items() if name != "tokenizer"}
+    options = {name: value for name, value in vars(encoder).items() if name not in ("tokenizer", "processing")}
+    if isinstance(encoder, _ImageEncoder):
+        options["processing"] = encoder.renderer.chat_template, encoder.processing.settings
     state = (rows._fingerprint, type(tokenizer).__name__, words, template, tokenizer.eos_token_id)
     versions = (transformers.__version__, tokenizers.__version__, datasets.__version__)
     digest = blake2b(repr((state, versions, type(encoder).__name__, options)).encode(), digest_size=16)
-    for source in ("data.py", "rows.py"):
+    for source in ("data.py", "rows.py", "images.py"):
         digest.update(Path(__file__).with_name(source).read_bytes())
     return digest.hexdigest()

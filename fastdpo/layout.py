@@ -25,6 +25,7 @@ from fastdpo.attention import Calls, CannotPack, packed_calls
 from fastdpo.attention_backends import PACKABLE, Facts, Refused, choose
 from fastdpo.batch import PreferenceBatch, encode_decode, pack, pad
 from fastdpo.data import TokenPair
+from fastdpo.images import TOKEN_TYPES, Processing, collate
 from fastdpo.model import Policy, backbone, base_model, input_embedding
 from fastdpo.quantized import states_of_8_bits, without_outliers
 
@@ -49,6 +50,11 @@ class Layout:
     def collate(self, pairs: Sequence[TokenPair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
         if self.make is not None:
             return self.make(pairs, keys)
+        if any(pair.images is not None for pair in pairs):
+            raise ValueError(
+                "the trainer was built with rows of text alone, and these show images: give it a train_dataset or an "
+                "eval_dataset that has some"
+            )
         return pack(pairs, keys) if self.packed else pad(pairs, keys, self.pad_token_id)
 
     def tokens(self, pair: TokenPair) -> int:
@@ -58,17 +64,26 @@ class Layout:
         return 2 * (len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
 
 
-def find_layout(policy: Policy, pad_token_id: int = 0) -> Layout:
+def find_layout(
+    policy: Policy, pad_token_id: int = 0, processing: Processing | None = None, shown: Sequence[TokenPair] = ()
+) -> Layout:
     """Tries both layouts on two pairs; the model's mode, attention and random state are as before afterwards.
+
+    With `processing` the model sees images, and `shown` are pairs of the run that have some: they are tried, too.
 
     Raises ValueError where even the padded layout does not give the model's own log-probs, or where tokens see later
     ones.
     """
-    pairs = probe_pairs(input_embedding(policy.model).weight.shape[0])
+    rows = input_embedding(policy.model).weight.shape[0]
+    pairs = probe_pairs(rows if processing is None else min([rows, *processing.image_tokens])) + list(shown)
     training, autocast = policy.training, policy.autocast
     fp32 = all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point())
     sharper = fp32 and autocast is not None and policy.asked_attention != "flash_attention_2"  # which takes no fp32
     make = _encoder_decoder(policy, pad_token_id) if base_model(policy.model).config.is_encoder_decoder else None
+    if processing is not None:
+        known = inspect.signature(backbone(base_model(policy.model)).forward).parameters
+        types = [name for name in TOKEN_TYPES if name in known]
+        make = partial(collate, processing=processing, pad_token_id=pad_token_id, types=types)
     policy.eval()
     try:
         # what LLM.int8 takes for an outlier depends on all of a batch: a causal model would look like an encoder
@@ -112,8 +127,10 @@ def _try_layouts(
     expected, tolerance = _model_logps(policy, pairs, make)
     batch = make(pairs, ()) if make else pad(pairs, pad_token_id=pad_token_id)
     noise = _check_padded(policy, batch, expected, tolerance)
-    if make:
+    if batch.decoder_input_ids is not None:
         return "an encoder-decoder: a prompt is encoded once, its responses are rows of the decoder", ()
+    if make:
+        return "positions and masks go by the images of each row", ()
     if policy.asked_attention not in PACKABLE:
         return f"attn_implementation={policy.asked_attention!r} takes padded batches only", ()
     with packed_calls() as calls:
@@ -132,8 +149,9 @@ def _sequence(pair: TokenPair, make: Collation | None) -> dict[str, Tensor]:
     """What the model's own forward takes for a pair's prompt and chosen response."""
     if make is None:
         return {"input_ids": torch.tensor([[*pair.prompt, *pair.chosen]])}
-    batch = make([pair], ())
-    assert batch.decoder_input_ids is not None
+    batch = make([replace(pair, rejected=pair.chosen)], ())
+    if batch.decoder_input_ids is None:  # both rows are alike, so there is no padding
+        return {**batch.media, "input_ids": batch.input_ids}
     return {"input_ids": batch.input_ids, "decoder_input_ids": batch.decoder_input_ids[:1, : len(pair.chosen)]}
 
 
@@ -152,7 +170,7 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair], make: Collation | N
                     raise ValueError(f"{type(model).__name__} gives logits that are not finite: are its weights whole?")
                 _check_causal(policy, inputs, logits)
                 largest = max(largest, float(logits.abs().max()))
-                scored = logits if make else logits[len(pair.prompt) - 1 : -1]
+                scored = logits if "decoder_input_ids" in inputs else logits[len(pair.prompt) - 1 : -1]
                 targets = torch.tensor(response, device=device)
                 values.append(scored.log_softmax(-1).gather(1, targets[:, None])[:, 0])
     precision = policy.autocast or min(

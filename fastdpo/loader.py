@@ -18,10 +18,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from fastdpo.batch import PreferenceBatch, Share, deal, emptied, microbatches, pairs_of
+from fastdpo.collator import Collator
 from fastdpo.config import DPOConfig
-from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths, row_key
+from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths, pair_of, row_key
 from fastdpo.layout import Layout
 from fastdpo.ranks import Ranks
+from fastdpo.unpaired import FROM_COLUMNS
 
 # Tokens of a micro-batch on a CPU, where `max_tokens_per_microbatch` is unset. 16 pairs of a 20M-parameter Llama took
 # 21 s with budgets of 512, 1024, 2048 and none, and 0.7, 1.0, 1.4 and 2.0 GiB (2-core Xeon, 1 thread, 2026-11-22).
@@ -38,20 +40,26 @@ class Collate:
     rank: int = 0
     processes: int = 1
     keyed: bool = True  # rows are named, so that their reference log-probs are remembered
+    collator: Collator | None = None  # the user's, of the rows of this process's share
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Share:
-        pairs, whole = [TokenPair(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows], 0
+        pairs, whole = [pair_of(row) for row in rows], 0
+        share: Sequence[int] = range(len(rows))
         if self.processes > 1:
             whole = crc32(b"".join(map(row_key, pairs)))
             share = deal([self.layout.tokens(pair) for pair in pairs], self.processes)[self.rank]
             pairs = [pairs[index] for index in share]
-        grouped = self._grouped(pairs, [row_key(pair) for pair in pairs] if self.keyed else [])
-        grouped.whole = whole
+        if self.collator is not None:
+            pairs = self.collator([rows[index] for index in share], self.max_pairs)
+        keys = [row_key(pair) for pair in pairs] if self.keyed else []
+        grouped = self._grouped(pairs, keys)
+        grouped.whole, grouped.places = whole, list(zip(keys, share, strict=False))
         return grouped
 
     def regroup(self, share: Share, max_tokens: int) -> Share:
         """The same pairs, on the CPU, in micro-batches by another budget."""
-        pairs = [TokenPair(*tokens) for batch in share for tokens in pairs_of(batch)]
+        found = [pair for batch in share for pair in pairs_of(batch)]
+        pairs = [pair if isinstance(pair, TokenPair) else TokenPair(**pair._asdict()) for pair in found]
         again = replace(self, max_tokens=max_tokens)._grouped(pairs, [key for batch in share for key in batch.keys])
         again.whole = share.whole
         return again
@@ -91,7 +99,9 @@ class EpochSampler(Sampler[int]):
         return iter(torch.randperm(self.rows, generator=generator).tolist())
 
 
-def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig, ranks: Ranks) -> DataLoader:
+def train_loader(
+    table: Dataset | IterableDataset, layout: Layout, config: DPOConfig, ranks: Ranks, collator: Collator | None = None
+) -> DataLoader:
     """Optimizer batches of per_device_train_batch_size * gradient_accumulation_steps pairs a process, which all
     processes read and take their share of; the last one may be smaller.
     """
@@ -101,20 +111,24 @@ def train_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOCo
         seed = config.seed if config.data_seed is None else config.data_seed
         sampler = EpochSampler(table, config.train_sampling_strategy, pairs, seed)
     keyed = isinstance(table, Dataset)  # a stream may never come back to a row
-    collate = Collate(layout, config.per_device_train_batch_size, token_budget(config), ranks.rank, ranks.count, keyed)
-    return _loader(table, sampler, pairs, collate, config, config.dataloader_drop_last)
+    size, budget = config.per_device_train_batch_size, token_budget(config, layout)
+    collate = Collate(layout, size, budget, ranks.rank, ranks.count, keyed, collator)
+    return _loader(table, sampler, pairs, collate, config, config.dataloader_drop_last, config.dataloader_in_order)
 
 
-def eval_loader(table: Dataset | IterableDataset, layout: Layout, config: DPOConfig, ranks: Ranks) -> DataLoader:
+def eval_loader(
+    table: Dataset | IterableDataset, layout: Layout, config: DPOConfig, ranks: Ranks, collator: Collator | None = None
+) -> DataLoader:
     """Batches of per_device_eval_batch_size pairs a process, in order."""
     pairs = config.per_device_eval_batch_size
-    collate = Collate(layout, pairs, token_budget(config), ranks.rank, ranks.count)
-    return _loader(table, None, pairs * ranks.count, collate, config, False)
+    collate = Collate(layout, pairs, token_budget(config, layout), ranks.rank, ranks.count, collator=collator)
+    return _loader(table, None, pairs * ranks.count, collate, config, False, in_order=True)
 
 
-def token_budget(config: DPOConfig) -> int | None:
-    """Tokens of a micro-batch; None where it goes by pairs."""
-    return config.max_tokens_per_microbatch or (CPU_TOKENS if config.device.type == "cpu" else None)
+def token_budget(config: DPOConfig, layout: Layout) -> int | None:
+    """Tokens of a micro-batch; None where it goes by pairs, as where tokens say little of what a pair takes."""
+    by_tokens = config.device.type == "cpu" and layout.make is None
+    return config.max_tokens_per_microbatch or (CPU_TOKENS if by_tokens else None)
 
 
 def _loader(
@@ -124,7 +138,10 @@ def _loader(
     collate: Collate,
     config: DPOConfig,
     drop: bool,
+    in_order: bool,
 ) -> DataLoader:
+    if collate.collator is not None:
+        _check_collated(table, config)
     return DataLoader(
         table,  # type: ignore[arg-type]
         batch_size=pairs,
@@ -135,7 +152,19 @@ def _loader(
         pin_memory=config.dataloader_pin_memory and config.device.type == "cuda",
         persistent_workers=config.dataloader_persistent_workers,
         prefetch_factor=config.dataloader_prefetch_factor,
+        in_order=in_order,
+        multiprocessing_context=config.dataloader_multiprocessing_context,
     )
+
+
+def _check_collated(table: Dataset | IterableDataset, config: DPOConfig) -> None:
+    if isinstance(table, IterableDataset) and not config.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns=False keeps the columns of tables for the data_collator, and the dataset is a "
+            "stream: give it as a table, or leave the option out"
+        )
+    if set(FROM_COLUMNS) & set(table.column_names or ()):
+        raise ValueError("a data_collator is given pairs of one prompt, and the rows are unpaired: leave it out")
 
 
 def length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:

@@ -249,26 +249,32 @@ def divergence_score(config: Any) -> Formula | None:
 
 @preference_loss("2305.18290", divergence=True)
 def sigmoid(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any) -> Any:
-    """DPO; with label_smoothing the conservative form, where that share of the labels is taken to be flipped."""
+    """DPO; with label_smoothing the conservative form, where that share of the labels is taken to be flipped. Take it
+    first: it is the default, and what the others are measured by.
+    """
     margin = beta * (chosen - rejected)
     return -(1 - label_smoothing) * m.log_sigmoid(margin) - label_smoothing * m.log_sigmoid(-margin)
 
 
 @preference_loss("2305.10425", divergence=True)
 def hinge(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
-    """SLiC-HF's hinge on the DPO margin."""
+    """SLiC-HF's hinge on the DPO margin. Take it where a pair that is won by enough should stop to count."""
     return m.relu(1 - beta * (chosen - rejected))
 
 
 @preference_loss("2310.12036", per="token", divergence=True)
 def ipo(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
-    """IPO; beta is the paper's tau. Each side is averaged over its tokens, as the authors' released runs were."""
+    """IPO; beta is the paper's tau. Each side is averaged over its tokens, as the authors' released runs were. Take it
+    where sigmoid drives margins without end, as on clean labels over several epochs: it aims at one margin.
+    """
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
 @preference_loss("2403.00409", divergence=True)
 def robust(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any) -> Any:
-    """Robust DPO: unbiased where that share of the labels is flipped."""
+    """Robust DPO: unbiased where that share of the labels is flipped. Take it where you know about how many labels are
+    wrong, as of synthetic or crowd-sourced ones.
+    """
     margin = beta * (chosen - rejected)
     flipped = label_smoothing * m.log_sigmoid(-margin) - (1 - label_smoothing) * m.log_sigmoid(margin)
     return flipped / (1 - 2 * label_smoothing)
@@ -276,7 +282,9 @@ def robust(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any) 
 
 @preference_loss("2402.00856", divergence=True, at_zero={"label_smoothing": 1e-3})
 def exo_pair(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any) -> Any:
-    """EXO: the KL from the policy's preference to the smoothed label; a smoothing of 0 is 1e-3, as the log needs."""
+    """EXO: the KL from the policy's preference to the smoothed label; a smoothing of 0 is 1e-3, as the log needs. Take
+    it where the policy should settle on the better answer rather than match how often it wins.
+    """
     margin = beta * (chosen - rejected)
     kept = m.sigmoid(margin) * (m.log_sigmoid(margin) - m.log(1 - label_smoothing))
     return kept + m.sigmoid(-margin) * (m.log_sigmoid(-margin) - m.log(label_smoothing))
@@ -284,51 +292,65 @@ def exo_pair(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any
 
 @preference_loss("2404.04656")
 def bco_pair(m: Any, chosen: Any, rejected: Any, beta: Any, mean_reward: Any) -> Any:
-    """BCO: a classifier of single responses, shifted by the mean reward so far."""
+    """BCO: a classifier of single responses, shifted by the mean reward so far. Take it where answers are good or bad
+    by themselves, as by a thumb up or down, rather than against each other.
+    """
     return -m.log_sigmoid(beta * chosen - mean_reward) - m.log_sigmoid(mean_reward - beta * rejected)
 
 
 @preference_loss("2405.00675")
 def sppo_hard(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
-    """SPPO with win probabilities of 1 and 0."""
+    """SPPO with win probabilities of 1 and 0. Take it in rounds of self-play, where both answers come from the policy
+    of the last round.
+    """
     return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
 
 
 @preference_loss("2402.05369")
 def nca_pair(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
-    """NCA: keeps the chosen response likely, not only likelier than the rejected one."""
+    """NCA: keeps the chosen response likely, not only likelier than the rejected one. Take it where the likelihood of
+    chosen answers sinks along with that of the rejected ones.
+    """
     either = m.log_sigmoid(-beta * chosen) + m.log_sigmoid(-beta * rejected)
     return -m.log_sigmoid(beta * chosen) - either / 2
 
 
 @preference_loss("2406.05882", matched="margins")
 def aot(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any) -> Any:
-    """AOT: the policy's margin (chosen) against the reference's margin of the same rank (rejected)."""
+    """AOT: the policy's margin (chosen) against the reference's margin of the same rank (rejected). Take it where
+    chosen answers are to beat rejected ones as a whole rather than pair by pair; in large batches.
+    """
     return sigmoid(m, chosen, rejected, beta, label_smoothing)
 
 
 @preference_loss("2406.05882", also=("aot_unpaired",), matched="sides")
 def aot_pair(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any) -> Any:
-    """AOT for unpaired data: a chosen response against the rejected one of the same rank."""
+    """AOT for unpaired data: a chosen response against the rejected one of the same rank. Take it where the two
+    answers of a row do not belong together; in large batches.
+    """
     return sigmoid(m, chosen, rejected, beta, label_smoothing)
 
 
 @preference_loss("2408.06266")
 def apo_zero(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
-    """APO for chosen responses that are better than the policy's own: up with them, down with the rejected."""
+    """APO: up with the chosen response, down with the rejected one. Take it where chosen responses are better than the
+    policy's own, such as those of a stronger model.
+    """
     return m.sigmoid(-beta * chosen) + m.sigmoid(beta * rejected)
 
 
 @preference_loss("2408.06266")
 def apo_down(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
-    """APO for chosen responses that are worse than the policy's own: down with both, more with the rejected."""
+    """APO: down with both responses, more with the rejected one. Take it where chosen responses are worse than the
+    policy's own, and only the difference teaches.
+    """
     return m.sigmoid(beta * chosen) + m.sigmoid(-beta * (chosen - rejected))
 
 
 @preference_loss("2406.08414", divergence=True)
 def discopop(m: Any, chosen: Any, rejected: Any, beta: Any, discopop_tau: Any) -> Any:
-    """DiscoPOP: logistic below a margin of 0, exponential above; their product is one exponential, which stays
-    finite.
+    """DiscoPOP: logistic below a margin of 0, exponential above; their product is one exponential, which stays finite.
+    Take it beside sigmoid, to see whether a loss that was found by search does better on your data.
     """
     margin = beta * (chosen - rejected)
     logistic = -m.log_sigmoid(margin) * m.sigmoid(-margin / discopop_tau)
@@ -337,19 +359,25 @@ def discopop(m: Any, chosen: Any, rejected: Any, beta: Any, discopop_tau: Any) -
 
 @preference_loss("2411.15124", per="token", divergence=True)
 def sigmoid_norm(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
-    """Length-normalised DPO, as for Tulu 3."""
+    """Length-normalised DPO, as for Tulu 3. Take it where answers of a pair differ in length, and the sum of log-probs
+    would reward that.
+    """
     return -m.log_sigmoid(beta * (chosen - rejected))
 
 
 @preference_loss("2404.19733", of="logps", per="batch_token")
 def sft(m: Any, chosen: Any, rejected: Any) -> Any:
-    """Cross-entropy of the chosen responses, a mean over all of their tokens; rpo_alpha adds it."""
+    """Cross-entropy of the chosen responses, a mean over all of their tokens; rpo_alpha adds it. Take it beside another
+    loss, to keep chosen answers likely; alone it is supervised fine-tuning on them.
+    """
     return -chosen
 
 
 @preference_loss("2405.14734", of="logps", per="token")
 def simpo(m: Any, chosen: Any, rejected: Any, beta: Any, simpo_gamma: Any, label_smoothing: Any) -> Any:
-    """SimPO: mean log-probs of a token instead of log-ratios, at least simpo_gamma apart."""
+    """SimPO: mean log-probs of a token instead of log-ratios, at least simpo_gamma apart. Take it without a reference,
+    where memory is short or lengths differ; with a beta of 2 and more.
+    """
     margin = beta * (chosen - rejected) - simpo_gamma
     return -(1 - label_smoothing) * m.log_sigmoid(margin) - label_smoothing * m.log_sigmoid(-margin)
 
@@ -357,7 +385,7 @@ def simpo(m: Any, chosen: Any, rejected: Any, beta: Any, simpo_gamma: Any, label
 @preference_loss("2403.07691", of="logps", per="token", sft_weight=1.0)
 def orpo(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
     """ORPO: the odds p / (1 - p) of the chosen response over those of the rejected one, p the mean probability of a
-    token.
+    token. Take it without a reference, in place of supervised fine-tuning and then DPO, from a base model.
     """
     # 1e-6 short of certainty, which is about as near as fp32 log-probs can tell, odds and slope are finite
     others = m.log1mexp(m.minimum(chosen, -1e-6)) - m.log1mexp(m.minimum(rejected, -1e-6))
@@ -366,7 +394,9 @@ def orpo(m: Any, chosen: Any, rejected: Any, beta: Any) -> Any:
 
 @preference_loss("2401.08417", of="logps", sft_weight="cpo_alpha")
 def cpo(m: Any, chosen: Any, rejected: Any, beta: Any, label_smoothing: Any) -> Any:
-    """CPO: DPO with a uniform reference, and the likelihood of the chosen response to make up for it."""
+    """CPO: DPO with a uniform reference, and the likelihood of the chosen response to make up for it. Take it without a
+    reference, where chosen answers are close to perfect, as in translation.
+    """
     return sigmoid(m, chosen, rejected, beta, label_smoothing)
 
 
@@ -400,6 +430,9 @@ def tables() -> str:
         paper = f"[{loss.paper}](https://arxiv.org/abs/{loss.paper})" if loss.paper else ""
         divergence = "yes" if loss.divergence else ""
         lines.append(f"| {names} | ${formula}$ | {sees} | {options} | {divergence} | {paper} |")
+    lines += ["", "| `loss_type` | what it is, and when to take it |", "|---|---|"]
+    for loss in dict.fromkeys(LOSSES.values()):
+        lines.append(f"| `{loss.name}` | {' '.join((loss.formula.__doc__ or '').split())} |")
     lines += ["", "| `f_divergence_type` | in place of $a$ |", "|---|---|"]
     for name, score in DIVERGENCES.items():
         hyper = {} if score is None else {a: _SYMBOLS[a] for a in list(signature(score).parameters)[2:]}

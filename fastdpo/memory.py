@@ -37,10 +37,12 @@ from fastdpo.model import (
     base_model,
     checkpoints_already,
     load_dtype,
+    model_kind,
     output_head,
 )
 from fastdpo.quantized import quantized_by, quantized_scales
 from fastdpo.ranks import BUCKET_BYTES
+from fastdpo.rows import IMAGE_COLUMNS
 from fastdpo_kernels import launch
 
 logger = logging.getLogger(__name__)
@@ -339,9 +341,17 @@ def plan_memory(
 ) -> Plan:
     """The plan from the model's config alone: no weights are loaded, and no GPU is needed.
 
-    Raises ValueError for a model that does not run on tensors without data, or takes too long to.
+    Raises ValueError for a model that does not run on tensors without data, or takes too long to, for an
+    encoder-decoder, and for rows with images.
     """
     config, tables = copy.copy(config), list(tables)
+    of_text = tables and not any(set(IMAGE_COLUMNS) & set(table.column_names or ()) for table in tables)
+    if (kind := model_kind(model_config)) == "encoder-decoder" or (kind == "vision-language" and not of_text):
+        raise ValueError(
+            f"there is no plan for {kind} models{' but of rows of text' if kind == 'vision-language' else ''}: their "
+            "micro-batches go by pairs, so start with per_device_train_batch_size=1, and gradient_checkpointing=True "
+            "if that does not fit"
+        )
     if peft_config is None and (config.quantizes or quantized_by(model_config)):
         config.use_peft = True  # as a run sees to it
 

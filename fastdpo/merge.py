@@ -12,17 +12,18 @@ import logging
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from fastdpo.config import DPOConfig
-from fastdpo.model import check_model, load_model
+from fastdpo.model import check_model, load_model, model_kind
 from fastdpo.quantized import quantized_by
 
 logger = logging.getLogger(__name__)
 
 
 def merge(adapter: str, output_dir: str, model: str | None, config: DPOConfig) -> None:
-    """Writes the model with the adapter of a directory merged into it, and its tokenizer, into `output_dir`.
+    """Writes the model with the adapter of a directory merged into it, and its tokenizer or processor, into
+    `output_dir`.
 
     `model` is the base, by default the one that the adapter names; `config` says how it loads (dtype, load_in_4bit or
     quantization_config, revision). Raises ValueError for what is no adapter, or one that cannot merge.
@@ -42,5 +43,6 @@ def merge(adapter: str, output_dir: str, model: str | None, config: DPOConfig) -
     adapted = PeftModel.from_pretrained(loaded, adapter)
     adapted.merge_and_unload(safe_merge=True).save_pretrained(output_dir)
     tokenizer = adapter if (Path(adapter) / "tokenizer_config.json").exists() else base
-    AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=config.trust_remote_code).save_pretrained(output_dir)
+    source = AutoProcessor if model_kind(loaded.config) == "vision-language" else AutoTokenizer
+    source.from_pretrained(tokenizer, trust_remote_code=config.trust_remote_code).save_pretrained(output_dir)
     logger.info("merged %s into %s: written to %s in %s", adapter, base, output_dir, adapted.dtype)

@@ -257,6 +257,7 @@ def _lora_config(config: DPOConfig, model: nn.Module) -> LoraConfig:
         lora_dropout=config.lora_dropout,
         target_modules=targets,
         exclude_modules=routers or None,
+        target_parameters=config.lora_target_parameters,
         modules_to_save=config.lora_modules_to_save,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -318,6 +319,8 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     inputs = input_embedding(model)
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
+        if "vision" in name:  # of patches
+            continue
         if isinstance(module, nn.Embedding) and module is not inputs and (last == "wpe" or "position" in last):
             return module.num_embeddings - getattr(module, "offset", 0)
     return None

@@ -97,6 +97,11 @@ class Reference:
     def known_rows(self) -> int:
         return len(self.memory.slots)
 
+    @property
+    def runs(self) -> bool:
+        """Whether it is still there to be run: neither freed nor taken out of the model."""
+        return self.policy is not None and self.without_policy is not _released
+
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """All ranks, at the same time: what one remembers, each does."""
         self.memory.share(ranks, device)
@@ -135,6 +140,7 @@ class NoReference:
     """Log-probs of 0, where a run is `reference_free` or its loss sees the policy alone: nothing is computed."""
 
     policy: Policy | None = None
+    runs = False
     known_rows = 0
     description = "none, its log-probs count as 0"
 

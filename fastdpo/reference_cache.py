@@ -31,13 +31,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fastdpo.config import DPOConfig
-from fastdpo.data import ID_COLUMNS, TokenPair, row_key
+from fastdpo.data import ID_COLUMNS, TokenPair, pair_of, row_key
 from fastdpo.identity import WRITTEN, identity_key, model_identity
+from fastdpo.images import Images
 from fastdpo.layout import Layout
 from fastdpo.loader import token_budget
 from fastdpo.ranks import Ranks
 from fastdpo.reference import Reference, gather_rows
 from fastdpo.retry import collect_memory, out_of_memory
+from fastdpo.unpaired import FROM_COLUMNS
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +62,7 @@ class Row:
     tokens: int  # what it costs in the layout
 
     def pair(self) -> TokenPair:
-        row: dict[str, Any] = self.table[self.index]
-        return TokenPair(*(row[column] for column in ID_COLUMNS))
+        return pair_of(self.table[self.index])
 
 
 def remember(
@@ -195,11 +196,18 @@ def distinct_rows(tables: Mapping[str, Dataset], layout: Layout) -> list[Row]:
 
 def pairs_of_table(table: Dataset) -> Iterator[TokenPair]:
     """The rows of a table as slices of Arrow's flat values: no list per row."""
-    for batch in table.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+    unscored = [column for column in FROM_COLUMNS if column in table.column_names]
+    shown = [column for column in ("images_key",) if column in table.column_names]
+    for batch in table.select_columns([*ID_COLUMNS, *unscored, *shown]).with_format("arrow").iter(batch_size=1000):
         columns: list[Any] = [batch[column].combine_chunks() for column in ID_COLUMNS]  # type: ignore[index]
         values = [(column.values.to_numpy(), column.offsets.to_numpy()) for column in columns]
+        counts = {column: batch[column].to_pylist() for column in unscored}  # type: ignore[index]
+        keys = batch["images_key"].to_pylist() if shown else [b""] * len(columns[0])  # type: ignore[index]
         for row in range(len(columns[0])):
-            yield TokenPair(*(flat[bounds[row] : bounds[row + 1]] for flat, bounds in values))
+            ids = (flat[bounds[row] : bounds[row + 1]] for flat, bounds in values)
+            images = Images("", (), keys[row]) if keys[row] else None  # what names a row, and not the images
+            first = {column: values[row] or 0 for column, values in counts.items()}
+            yield TokenPair(*ids, **first, images=images)
 
 
 def computed(reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig) -> Iterator[Sequence[Row]]:
@@ -207,7 +215,8 @@ def computed(reference: Reference, rows: Sequence[Row], layout: Layout, config: 
     its pass. Batches are neighbours by length: `precompute_ref_batch_size` of them, else what the token budget takes,
     which is halved where the GPU's memory runs out.
     """
-    size, budget, start = config.precompute_ref_batch_size, ahead_budget(config), 0
+    size, start = config.precompute_ref_batch_size, 0
+    budget = ahead_budget(config, layout, rows[0].tokens if rows else 0)
     hidden = config.disable_tqdm or not rows
     with tqdm(total=len(rows), desc="Reference", unit="pair", disable=hidden, dynamic_ncols=True) as bar:
         while start < len(rows):
@@ -236,9 +245,13 @@ def _fits(reference: Reference, group: Sequence[Row], layout: Layout, config: DP
     return False
 
 
-def ahead_budget(config: DPOConfig) -> int:
-    """Tokens of a batch of the reference: without a gradient next to nothing is kept, so more than training takes."""
-    budget = token_budget(config)
+def ahead_budget(config: DPOConfig, layout: Layout, longest: int) -> int:
+    """Tokens of a batch of the reference: without a gradient next to nothing is kept, so more than training takes.
+    Where training goes by pairs, as many of the longest.
+    """
+    budget = token_budget(config, layout)
+    if budget is None and layout.make is not None:
+        return config.per_device_train_batch_size * longest
     return max(AHEAD_TOKENS, budget or 0) if config.device.type == "cuda" or budget is None else budget
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 TEXT_COLUMNS = ("prompt", "chosen", "rejected")
+COMPLETION_COLUMNS = ("completion", "label")  # of unpaired rows: one answer, and whether it is liked
 OPTION_COLUMNS = ("tools", "chat_template_kwargs")  # passed to the chat template, row by row
 IMAGE_COLUMNS = ("image", "images")
 EXPECTED = (
@@ -19,9 +20,20 @@ EXPECTED = (
 )
 
 
-def check_columns(columns: Sequence[str], name: str) -> None:
+def check_columns(columns: Sequence[str], name: str, images: bool = False) -> None:
+    """Raises ValueError for columns that are no preference dataset's; `images` are allowed with a processor."""
+    shown = [column for column in IMAGE_COLUMNS if column in columns]
     found = f"The {name} dataset has the columns {', '.join(map(repr, columns))}"
+    if shown and not images:
+        raise ValueError(
+            f"{found}; rows with images need a vision-language model and its processor (processing_class). Remove "
+            f"{shown[0]!r} to train on the text."
+        )
+    if len(shown) > 1:
+        raise ValueError(f"{found}; 'image' is for rows of one image, 'images' for lists: remove one of them.")
     if set(ID_COLUMNS) <= set(columns):
+        if shown:
+            raise ValueError(f"{found}; rows with images are texts or chat messages: remove the token ids.")
         return
     if missing := [column for column in ("chosen", "rejected") if column not in columns]:
         hint = ""
@@ -30,8 +42,6 @@ def check_columns(columns: Sequence[str], name: str) -> None:
         elif "messages" in columns:
             hint = " These look like rows for supervised fine-tuning, which have one answer each."
         raise ValueError(f"{found}; missing {' and '.join(map(repr, missing))}: {EXPECTED}.{hint}")
-    if images := [column for column in IMAGE_COLUMNS if column in columns]:
-        raise ValueError(f"{found}; pairs with images are not supported. Remove {images[0]!r} to train on the text.")
 
 
 def type_name(value: Any) -> str:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
-from fastdpo.rows import ID_COLUMNS, IMAGE_COLUMNS, OPTION_COLUMNS, TEXT_COLUMNS
+from fastdpo.rows import COMPLETION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS, OPTION_COLUMNS, TEXT_COLUMNS
 
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -98,7 +98,20 @@ def _load_file(path: Path, what: str) -> Dataset:
             rows = list(csv.DictReader(file, strict=True)) if suffix == ".csv" else _parse_json(file.read(), what)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{what} cannot be read as {suffix[1:]}: {error}.") from error
-    return _table(rows if isinstance(rows, dict) else _columns(rows, what), what)
+    columns = rows if isinstance(rows, dict) else _columns(rows, what)
+    for column in IMAGE_COLUMNS:
+        if column in columns:
+            columns[column] = [_beside(path, value) for value in columns[column]]
+    return _table(columns, what)
+
+
+def _beside(file: Path, value: Any) -> Any:
+    """Paths of images as they are seen from the folder of the file that names them."""
+    if isinstance(value, list):
+        return [_beside(file, part) for part in value]
+    if isinstance(value, dict) and isinstance(value.get("path"), str):
+        return {**value, "path": _beside(file, value["path"])}
+    return str(file.parent / value) if isinstance(value, str) and "://" not in value else value
 
 
 def _parse_json(text: str, what: str) -> Any:
@@ -119,7 +132,7 @@ def _parse_json(text: str, what: str) -> Any:
 
 def _is_columns(row: Any) -> bool:
     """A single json object holds columns, not one row of messages or token ids, if its answers are lists of rows."""
-    answers = row.get("chosen") if isinstance(row, dict) else None
+    answers = row.get("chosen", row.get(COMPLETION_COLUMNS[0])) if isinstance(row, dict) else None
     return isinstance(answers, list) and len(answers) > 0 and isinstance(answers[0], (str, list))
 
 

@@ -7,57 +7,117 @@ Legend: P pairs, R rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from datasets import IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState, trainer_pt_utils
 from transformers.trainer_callback import CallbackHandler
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from fastdpo import build
-from fastdpo.batch import PreferenceBatch
-from fastdpo.config import DPOConfig
-from fastdpo.data import row_key
-from fastdpo.layout import Layout
-from fastdpo.loader import eval_loader, train_loader
-from fastdpo.model import Policy
+from fastdpo import build, card, checkpoint
+from fastdpo.by_hand import ByHand
+from fastdpo.collator import Collator
+from fastdpo.generate import Sampler, prompts_of
+from fastdpo.hub import Repository
+from fastdpo.loader import Collate, eval_loader, train_loader
+from fastdpo.model import base_model
+from fastdpo.predictions import Predictions
 from fastdpo.ranks import Ranks
-from fastdpo.reference import NoReference, Reference, gather_rows
-from fastdpo.reference_cache import pairs_of_table
-from fastdpo.step import MeanReward
-from fastdpo_kernels.pair_loss import PairwiseLoss, pair_loss
+from fastdpo.reference import Reference
+from fastdpo_kernels.pair_loss import pair_loss
+
+logger = logging.getLogger(__name__)
 
 
-class Surface:
+# What TRL's or transformers' loop calls and this one does not, by what to do in place of overriding it.
+NOT_CALLED = {
+    "give a function as loss_type": "compute_loss get_batch_loss_metrics dpo_loss get_batch_logps concatenated_forward "
+    "training_step _compute_loss",
+    "override evaluate, or give compute_metrics": "prediction_step evaluation_loop get_batch_samples",
+    "give a data_collator, or rows with prompt_ids, chosen_ids and rejected_ids": "concatenated_inputs tokenize_row "
+    "_prepare_dataset _prepare_inputs",
+    "order the rows of train_dataset and set train_sampling_strategy='sequential', or give a data_collator": (
+        "get_train_dataloader get_eval_dataloader get_test_dataloader _get_train_sampler"
+    ),
+    "give optimizers": "create_optimizer create_scheduler create_optimizer_and_scheduler",
+    "give a TrainerCallback": "_inner_training_loop _maybe_log_save_evaluate _save_checkpoint _save",
+    "give ref_model": "compute_ref_log_probs compute_reference_log_probs null_ref_context",
+}
+
+
+def refuse_overrides(cls: type) -> None:
+    """Raises ValueError for a subclass of a trainer here that overrides what would never be called."""
+    own = list(takewhile(lambda base: not base.__module__.startswith("fastdpo."), cls.__mro__))
+    for instead, names in NOT_CALLED.items():
+        for name in names.split():
+            if overriding := [base for base in own if name in vars(base)]:
+                raise ValueError(
+                    f"{overriding[0].__name__} overrides {name}, which training here never calls: {instead}, and call "
+                    "the method from a callback if you need it"
+                )
+
+
+class Surface(ByHand):
     """The part of DPOTrainer that a run itself does not need, with what it takes of the rest."""
 
-    args: DPOConfig
-    policy: Policy
-    reference: Reference | NoReference
-    loss: PairwiseLoss
-    mean_reward: MeanReward | None
-    layout: Layout
     ranks: Ranks
+    accelerator: Accelerator
+    hub: Repository
+    sampler: Sampler
     state: TrainerState
     control: TrainerControl
     callback_handler: CallbackHandler
     log: Callable[[dict[str, float]], None]
     _evaluate_table: Callable[..., dict[str, float]]
     _fused_blocks: Callable[[], AbstractContextManager[object]]
-    processing_class: Any
     optimizer: Any
     train_dataset: build.Table | None
-    eval_dataset: dict[str, build.Table]
+    collator: Collator | None
+    _dataset_names: tuple[str, ...]
+    _eval_tables: dict[str, build.Table]
+    _evaluate_loader: Callable[..., tuple[dict[str, Any], int]]
+    _predictions: Callable[[], Predictions]
+    _stored: dict[str, dict[str, list[float]]]
 
     log_metrics = trainer_pt_utils.log_metrics
     metrics_format = staticmethod(trainer_pt_utils.metrics_format)
     save_metrics = trainer_pt_utils.save_metrics
     save_state = trainer_pt_utils.save_state
+
+    @property
+    def eval_dataset(self) -> build.Table | dict[str, build.Table] | None:
+        """Token id columns, in a dict by name where several sets were given, None where none was."""
+        named = {name.removeprefix("eval_"): table for name, table in self._eval_tables.items()}
+        return self._eval_tables.get("eval", named or None)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The older name of `processing_class`."""
+        return self.processing_class
+
+    def store_metrics(self, metrics: Mapping[str, Any], train_eval: str = "train") -> None:
+        """Their means over the calls by then join the next log line of training, or with train_eval="eval" of
+        evaluation, under the names given.
+        """
+        for name, value in metrics.items():
+            self._stored[train_eval].setdefault(name, []).append(float(value))
+
+    def _take_stored(self, logs: dict[str, Any]) -> None:
+        """Into `logs`, a line of training by its loss."""
+        stored = self._stored["train" if {"loss", "train_loss"} & set(logs) else "eval"]
+        logs |= {name: sum(values) / len(values) for name, values in stored.items()}
+        stored.clear()
 
     def is_world_process_zero(self) -> bool:
         return self.state.is_world_process_zero
@@ -74,6 +134,10 @@ class Surface:
     def pop_callback(self, callback: Any) -> Any:
         return self.callback_handler.pop_callback(callback)
 
+    def end(self) -> None:
+        """The last call of a script: trackers finish, and the processes of a run leave each other."""
+        self.accelerator.end_training()
+
     def get_num_trainable_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.policy.parameters() if parameter.requires_grad)
 
@@ -87,14 +151,14 @@ class Surface:
         """-> lists of PreferenceBatches on the CPU, one list an optimizer step."""
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: the trainer was built without one")
-        return train_loader(self.train_dataset, self.layout, self.args, self.ranks)
+        return train_loader(self.train_dataset, self.layout, self.args, self.ranks, self.collator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The same for evaluation, of a dataset, of one of several evaluation sets by its name, or of the only one."""
-        return eval_loader(self._eval_table(eval_dataset), self.layout, self.args, self.ranks)
+        return eval_loader(self._eval_table(eval_dataset), self.layout, self.args, self.ranks, self.collator)
 
     def _eval_table(self, eval_dataset: Any) -> build.Table:
-        named = {name.removeprefix("eval_"): table for name, table in self.eval_dataset.items()}
+        named = {name.removeprefix("eval_"): table for name, table in self._eval_tables.items()}
         if isinstance(eval_dataset, str) and eval_dataset in named:
             return named[eval_dataset]
         if eval_dataset is not None:
@@ -108,24 +172,122 @@ class Surface:
         (table,) = named.values()
         return table
 
-    def predict(self, test_dataset: Any, metric_key_prefix: str = "test") -> PredictionOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """-> metrics of what `get_eval_dataloader` gave, and unless `prediction_loss_only` the logits and labels that
+        compute_metrics is given, see `predictions.py`. Nothing is logged but `description`; `ignore_keys` changes
+        nothing.
+        """
+        if not isinstance(getattr(dataloader, "collate_fn", None), Collate):
+            raise ValueError("evaluation_loop takes a loader of this trainer: give get_eval_dataloader(eval_dataset)")
+        logger.info("%s", description)
+        kept = None if prediction_loss_only else self._predictions()
+        with self._fused_blocks():
+            metrics, pairs = self._evaluate_loader(metric_key_prefix, dataloader, None, kept)
+        predictions, labels, *_ = [None] * 2 if kept is None else kept.arrays()
+        return EvalLoopOutput(predictions, labels, metrics, pairs)  # type: ignore[arg-type]
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
         """-> `predictions`: (N, 2) fp64 array of implicit rewards, chosen and rejected, a row of the dataset each as
-        far as its rows can be scored; `metrics`: those of an evaluation. Raises ValueError for a stream.
+        far as its rows can be scored; `metrics`: those of an evaluation. Raises ValueError for a stream. `ignore_keys`
+        changes nothing.
         """
         tables = build.build_eval_tables(test_dataset, self.processing_class, self.args, metric_key_prefix)
         if len(tables) != 1 or isinstance(tables.get(metric_key_prefix), IterableDataset):
             raise ValueError("predict takes one table of rows, not several and no stream: call it for each")
         (table,) = build.check_fit(self.policy, None, tables, self.processing_class, self.args).values()
-        rewards: dict[bytes, Tensor] = {}
+        rows: list[Tensor] = []
         with self._fused_blocks():
-            metrics = self._evaluate_table(metric_key_prefix, table, rewards)
-        own = torch.stack(list(rewards.values())) if rewards else torch.empty(0, 2)  # of a share without pairs
-        keys, values = gather_rows(self.ranks, list(rewards), own.cpu().double())
-        place = {key: index for index, key in enumerate(keys)}
-        order = [place[row_key(pair)] for pair in pairs_of_table(table)]  # type: ignore[arg-type]
+            metrics = self._evaluate_table(metric_key_prefix, table, rows)
+        values = torch.cat(self.ranks.gather(torch.cat([part.cpu() for part in rows])))
+        values = values[values[:, 0].argsort()]
         self.log(metrics)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
-        return PredictionOutput(values[order].numpy(), None, metrics)
+        return PredictionOutput(values[:, 1:3].numpy(), None, metrics)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes README.md into output_dir, unless somebody else has written one: what the run is and has come to."""
+        if not self.ranks.is_main:
+            return
+        more = {"model_name": model_name} if model_name else {}
+        more |= {"dataset_names": (dataset_name,)} if dataset_name else {}
+        given = [tags] if isinstance(tags, str) else list(tags or ())
+        directory = Path(str(self.args.output_dir))
+        if not card.may_write(directory):
+            logger.info("model card: %s stays as it is, somebody else wrote it", directory / "README.md")
+            return
+        run = self._run_facts()
+        card.write_card(replace(run, **more, tags=[*run.tags, *given]), directory)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_options: Any,
+    ) -> Any:
+        """Saves the model with its card (`card_options` are `create_model_card`'s) and uploads output_dir; -> the
+        commit, or with blocking=False its Future; None in other processes than the first.
+        """
+        if not self.ranks.is_main:
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub.repo_id is None:
+            self.hub.open(token, private)
+        self._write_model(Path(str(self.args.output_dir)))
+        self.create_model_card(**card_options)
+        return self.hub.push(commit_message, blocking, token, revision)
+
+    def _write_model(self, directory: Path) -> None:
+        free = card.may_write(directory)  # peft writes a card of its own
+        checkpoint.save_model(self.policy.model, self.processing_class, directory)  # type: ignore[arg-type]
+        if free:
+            card.write_card(self._run_facts(), directory)
+
+    def _push_checkpoint(self, directory: Path) -> None:
+        if not self.ranks.is_main:
+            return
+        write = partial(self._write_model, Path(str(self.args.output_dir)))
+        if self.hub.push_checkpoint(directory, self.state, write):
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+
+    def _run_facts(self) -> card.Run:
+        args, table = self.args, self.train_dataset
+        return card.Run(
+            self.policy,
+            self.processing_class,
+            args,
+            self.state,
+            self.reference.description,
+            None if table is None or isinstance(table, IterableDataset) else len(table),
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * self.ranks.count,
+            self._dataset_names,
+            getattr(base_model(self.policy.model), "model_tags", None) or (),
+        )
+
+    def get_batch_samples(self, model: Any, batch: Any) -> tuple[list[str], list[str] | None]:
+        """-> texts with their prompts, sampled by the policy and by the reference (None where it does not run), for
+        the pairs of one or several PreferenceBatches, or for prompt_input_ids and prompt_attention_mask of a dict.
+
+        Raises ValueError for another model than the one that trains.
+        """
+        if model is not None and model is not self.policy.model:
+            raise ValueError("get_batch_samples samples from the trainer's own model: give trainer.model, or None")
+        prompts = prompts_of(batch)
+        texts = [self.sampler.texts(prompts, answers) for answers in self.sampler.answers(prompts) if answers]
+        return texts[0], texts[1] if len(texts) > 1 else None
 
     def null_ref_context(self) -> AbstractContextManager[object]:
         """Within it the policy's model is its own reference: adapters off, or the frozen adapter on.
@@ -136,16 +298,6 @@ class Surface:
         if not isinstance(reference, Reference) or reference.policy is not self.policy:
             raise ValueError(f"the reference is {reference.description}, not the policy's model in another state")
         return reference.without_policy()
-
-    def compute_ref_log_probs(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """-> (P,), (P,) fp64: summed reference log-probs of the chosen and of the rejected responses."""
-        logps = self.reference(batch.to(self.args.device))
-        if logps is None:
-            logps = torch.zeros(batch.num_pairs, 2, dtype=torch.float64, device=self.args.device)
-        chosen, rejected = logps.unbind(1)
-        return chosen, rejected
-
-    compute_reference_log_probs = compute_ref_log_probs
 
     def dpo_loss(
         self,

@@ -30,20 +30,26 @@ from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
 
 from fastdpo import build, checkpoint
-from fastdpo.batch import OptimizerBatch, PreferenceBatch
+from fastdpo.batch import OptimizerBatch, PreferenceBatch, Share, pairs_of
 from fastdpo.compiled import compiled_blocks
 from fastdpo.config import DPOConfig
-from fastdpo.loader import eval_loader, length_of_run, set_epoch, train_loader
+from fastdpo.data import text_part
+from fastdpo.generate import Sampler
+from fastdpo.hub import Repository
+from fastdpo.loader import eval_loader, length_of_run, set_epoch
 from fastdpo.losses import pairwise_loss
 from fastdpo.messages import show_messages
 from fastdpo.metrics import MetricSums, Running
+from fastdpo.mixture import hub_names
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
+from fastdpo.noise import noisy_embeddings
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, allocate_states, build_optimizer
+from fastdpo.predictions import Predictions, check_hooks
 from fastdpo.ranks import GradientSum, find_ranks
 from fastdpo.reference import NoReference
 from fastdpo.retry import Retry, out_of_memory
 from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
-from fastdpo.surface import Surface
+from fastdpo.surface import Surface, refuse_overrides
 from fastdpo_kernels.pair_loss import PairLoss
 
 logger = logging.getLogger(__name__)
@@ -58,7 +64,11 @@ class DPOTrainer(Surface):
         model as it is given: its base with the adapters off, or a frozen copy. ref_model is frozen and stays so.
     args: a DPOConfig (TRL's DPOConfig and TrainingArguments are converted).
     train_dataset, eval_dataset: whatever `fastdpo.data.load_rows` takes; eval_dataset may also map names to such.
-    processing_class: the tokenizer, also accepted as `tokenizer`; by default the one that comes with the model.
+    processing_class: the tokenizer, also accepted as `tokenizer`, or the processor of a vision-language model; by
+        default the one that comes with the model.
+    data_collator: makes padded batches of rows in TRL's form, of 0.11 or 1.16, which are read back into pairs.
+    compute_metrics, preprocess_logits_for_metrics: what an evaluation says beside its own metrics, from logits, which
+        are computed for them alone.
     optimizers: an optimizer over all that trains, and a schedule for it; None where args makes it.
     quantization_config, peft_config: of a model that loads, and for new adapters; fields of args do the same.
     model_init: gives the model in place of `model`.
@@ -93,28 +103,33 @@ class DPOTrainer(Surface):
             raise ValueError("processing_class and tokenizer are two names for one argument: give one of them")
         if model is not None and model_init is not None:
             raise ValueError("both model and model_init are given: leave one out")
-        _refuse_hooks(data_collator, compute_metrics, preprocess_logits_for_metrics)
+        refuse_overrides(type(self))
         show_messages(args)
         # a copy: what the run resolves, such as the learning rate, is not written into a config that others may share
         self.args = args = copy.copy(DPOConfig.from_arguments(DPOConfig() if args is None else args))
         args.take(options if quantization_config is None else options | {"quantization_config": quantization_config})
         args.validate()
+        check_hooks(compute_metrics, preprocess_logits_for_metrics, args)
         if model_init is not None:
             set_seed(args.seed)
             model = model_init()
         build.check_models(model, ref_model, args, peft_config)
+        build.check_padded_rows(model, {"data_collator": data_collator, "compute_metrics": compute_metrics}, args)
         build.choose_adapters(model, peft_config, args)
         reporters = build.find_reporters(args)
         args.check_output_dir()
         self.ranks = find_ranks(args)
         args.disable_tqdm = args.disable_tqdm or not self.ranks.is_main
+        self.hub = Repository(args)
+        if args.push_to_hub and self.ranks.is_main:
+            self.hub.open()
         (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
 
         self.processing_class = build.find_tokenizer(processing_class or tokenizer, model, args)  # type: ignore[arg-type]
         tables = build.build_eval_tables(eval_dataset, self.processing_class, args)
         if train_dataset is not None:
-            split = args.dataset_train_split
-            tables["train"] = build.build_table(train_dataset, self.processing_class, args, "train", split)
+            tables["train"] = build.build_train_table(train_dataset, self.processing_class, args)
+        self._dataset_names = hub_names(train_dataset)
 
         self.policy = build.build_policy(model, peft_config, args, self.ranks)  # type: ignore[arg-type]
         if args.learning_rate is None:
@@ -123,14 +138,18 @@ class DPOTrainer(Surface):
         with build.fused_blocks([self.policy, ref_policy], args) as fused:
             tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
             self.train_dataset = tables.pop("train", None)
-            self.eval_dataset = tables
-            self.layout = build.common_layout(self.policy, ref_policy, self.processing_class)
+            self._eval_tables = tables
+            self.data_collator, self.collator = data_collator, build.build_collator(data_collator, self.policy, args)
+            self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
+            every = [self.train_dataset, *tables.values()]
+            self.layout = build.common_layout(self.policy, ref_policy, self.processing_class, args.padding_value, every)
             self.reference = build.build_reference(self.policy, ref_policy, self.layout, args)
             self.loss = pairwise_loss(args)
             self.mean_reward = build.build_mean_reward(self.loss, args)
 
             self._margins_checked = self._evaluate_at_end = False
-            self._retry = Retry(self.ranks, dropout=self.policy.noisy)
+            self._stored: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+            self._retry = Retry(self.ranks, dropout=not args.disable_dropout)
             self._start_engine()
             self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
             self.state, self.control = self._new_state(), TrainerControl()
@@ -139,7 +158,7 @@ class DPOTrainer(Surface):
                 [*reporters, *given], self.policy, self.processing_class, args
             )
             del ref_policy  # the reference alone holds it from here on, and may let go of it
-            tables = {"train": self.train_dataset, **self.eval_dataset}
+            tables = {"train": self.train_dataset, **self._eval_tables}
             given_budget = args.max_tokens_per_microbatch
             build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
             freed = build.remember_reference(
@@ -149,6 +168,9 @@ class DPOTrainer(Surface):
                 args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
                 build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
             build.describe(self.policy, self.layout, self.reference, fused, args, self.ranks)
+        self.sampler = Sampler(self.policy, self.reference, text_part(self.processing_class), args)
+        if args.generate_during_eval:
+            self.sampler.check(self._eval_tables)
         self.control = self.callback_handler.on_init_end(args, self.state, self.control)
 
     @property
@@ -176,7 +198,7 @@ class DPOTrainer(Surface):
         self._check_best_metric()
         started = time.time()
         self._start_engine()
-        loader = train_loader(self.train_dataset, self.layout, args, self.ranks)
+        loader = self.get_train_dataloader()
         steps, epochs = length_of_run(loader, args)
         self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps, self._given_optimizers)
         allocate_states(self.optimizer)
@@ -355,7 +377,9 @@ class DPOTrainer(Surface):
             if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(checkpoint.path_of(output_dir, self.state))
             if self.args.should_save:
-                checkpoint.save_checkpoint(self.model, self.processing_class, self.state, output_dir, limit)
+                self.hub.before_checkpoint()
+                saved = checkpoint.save_checkpoint(self.model, self.processing_class, self.state, output_dir, limit)
+                self._push_checkpoint(saved)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _read_metrics(self) -> dict[str, float]:
@@ -384,63 +408,91 @@ class DPOTrainer(Surface):
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(self._running.pairs / seconds, 3),
             "train_steps_per_second": round(state.global_step / seconds, 3),
+            "train_tokens_per_second": round(self._running.tokens / seconds, 3),
             "train_loss": self._running.mean_loss,
         }
         self.log(metrics)
+        self.hub.finish()
         self.control = self.callback_handler.on_train_end(args, state, self.control)
         return TrainOutput(state.global_step, metrics["train_loss"], state.log_history[-1])
 
-    def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics of the evaluation sets, or of another dataset; logged, and returned under "eval_..." names."""
-        tables = self.eval_dataset
-        if eval_dataset is not None:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
+        """Metrics of the evaluation sets, of one of them by its name, or of another dataset; logged, and returned under
+        "eval_..." names. `ignore_keys` changes nothing: of the model's outputs logits alone are kept, if any.
+        """
+        tables = self._eval_tables
+        if isinstance(eval_dataset, str) and f"eval_{eval_dataset}" in tables:
+            tables = {f"{metric_key_prefix}_{eval_dataset}": tables[f"eval_{eval_dataset}"]}
+        elif eval_dataset is not None:
             tables = build.build_eval_tables(eval_dataset, self.processing_class, self.args, metric_key_prefix)
             tables = build.check_fit(self.policy, None, tables, self.processing_class, self.args)
         if not tables:
             raise ValueError("there is nothing to evaluate on: give eval_dataset to the trainer or to evaluate()")
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
         with self._fused_blocks():
             for name, table in tables.items():
                 metrics |= self._evaluate_table(name, table)
         self.log(metrics)
+        if tables is self._eval_tables and self.args.metric_for_best_model and _best_key(self.args) not in metrics:
+            raise ValueError(
+                f"metric_for_best_model={self.args.metric_for_best_model!r} is neither what evaluation nor what "
+                f"compute_metrics gives: one of {', '.join(name.removeprefix('eval_') for name in metrics)}"
+            )
+        if self.args.generate_during_eval and self.ranks.is_main:
+            for name, table in tables.items():
+                self.sampler.show(name, table, self.state, self.callback_handler.callbacks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._note_best(metrics)
         if self.lr_scheduler is not None and self.args.lr_scheduler_type in STEPPED_BY_EVALUATION:
             self.lr_scheduler.step(metrics[_best_key(self.args)])
         return metrics
 
-    def _evaluate_table(
-        self, name: str, table: build.Table, rewards: dict[bytes, Tensor] | None = None
-    ) -> dict[str, float]:
-        """-> its metrics; into `rewards` goes the (2,) of each row of this process's share, by row key."""
+    def _evaluate_table(self, name: str, table: build.Table, rows: list[Tensor] | None = None) -> dict[str, Any]:
+        """-> its metrics, compute_metrics' among them; for `rows` see `_evaluate_loader`."""
+        loader = eval_loader(table, self.layout, self.args, self.ranks, self.collator)
+        predictions = None if self.compute_metrics is None else self._predictions()
+        return self._evaluate_loader(name, loader, rows, predictions)[0]
+
+    def _evaluate_loader(
+        self,
+        name: str,
+        loader: DataLoader,
+        rows: list[Tensor] | None = None,
+        predictions: Predictions | None = None,
+    ) -> tuple[dict[str, Any], int]:
+        """-> metrics, and the number of pairs. To `rows` goes a (P, 4) fp64 a batch of this process's share: a row's
+        number in the table, its two rewards, its loss.
+        """
         started = time.time()
         step, pairs, count = self._preference_step(training=False), 0, 0
-        sums = MetricSums(bool(step.router_coef))
-        loader = eval_loader(table, self.layout, self.args, self.ranks)
+        sums, found = MetricSums(bool(step.router_coef)), {}
         training = self.policy.training
         self.policy.eval()
         handler: Any = self.callback_handler
         handler.eval_dataloader = loader
 
         def add(whole: OptimizerBatch) -> None:
-            nonlocal sums, pairs
-            window, found = copy.copy(sums), []
+            nonlocal sums, pairs, found
+            window, values = copy.copy(sums), []
             for _, result, summed in step(whole.to(self.args.device, non_blocking=True)):
                 window.add(summed)
-                found.append(result.rewards)
+                values.append(torch.cat([result.rewards, result.losses[:, None]], 1))
+            keys = [key for batch in whole.microbatches for key in batch.keys]
+            by_key = dict(zip(keys, torch.cat(values).unbind(0), strict=True))
             self.ranks.agree()
-            sums = window  # counted once all of the batch is through
+            sums, found = window, by_key  # counted once all of the batch is through
             pairs += whole.num_pairs
-            if rewards is not None:
-                keys = [key for batch in whole.microbatches for key in batch.keys]
-                rewards.update(zip(keys, torch.cat(found).unbind(0), strict=True))
 
         try:
             with torch.no_grad():
                 for batches in loader:
-                    count += 1
                     self._retry(add, batches, loader)
+                    first, count = count * (loader.batch_size or 0), count + 1
+                    _keep_rows(batches, found, first, rows, predictions)
                     self.control = handler.on_prediction_step(self.args, self.state, self.control)
+                theirs = {} if predictions is None else predictions.result()
         finally:
             self.policy.train(training)
         if sums.sums is None:
@@ -449,11 +501,17 @@ class DPOTrainer(Surface):
         seconds = time.time() - started
         metrics |= {"runtime": round(seconds, 4), "samples_per_second": round(pairs / seconds, 3)}
         metrics["steps_per_second"] = round(count / seconds, 3)
-        return {f"{name}_{key}": value for key, value in metrics.items()}
+        return {f"{name}_{key.removeprefix(f'{name}_')}": value for key, value in (theirs | metrics).items()}, pairs
+
+    def _predictions(self) -> Predictions:
+        hooks = self.compute_metrics, self.preprocess_logits_for_metrics
+        return Predictions(self.policy, self.args, self.ranks, self.layout.pad_token_id, *hooks)
 
     def _check_best_metric(self) -> None:
-        known = [f"{name}_{metric}" for name in self.eval_dataset for metric in PAIR_METRICS + TOKEN_METRICS]
-        if self.args.metric_for_best_model and self.eval_dataset and _best_key(self.args) not in known:
+        known = [f"{name}_{metric}" for name in self._eval_tables for metric in PAIR_METRICS + TOKEN_METRICS]
+        if self.compute_metrics is not None:  # what it gives is seen at the first evaluation
+            return
+        if self.args.metric_for_best_model and self._eval_tables and _best_key(self.args) not in known:
             raise ValueError(
                 f"metric_for_best_model={self.args.metric_for_best_model!r} is not what evaluation gives: one of "
                 f"{', '.join(name.removeprefix('eval_') for name in known)}"
@@ -471,20 +529,27 @@ class DPOTrainer(Surface):
         if args.save_strategy == SaveStrategy.BEST:
             self.control.should_save = better
 
-    def log(self, logs: dict[str, float]) -> None:
-        """Adds a row to the history and hands it to the callbacks."""
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds a row, with what `store_metrics` was given, to the history and hands it to the callbacks. `start_time`,
+        which scripts that override this pass on, changes nothing: speeds are in the rows that have one.
+        """
         self._retry.report()
+        self._take_stored(logs)
         epoch = {} if self.state.epoch is None else {"epoch": self.state.epoch}
         row = {**logs, **epoch, "step": self.state.global_step}
         self.state.log_history.append(row)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, {**logs, **epoch})
 
-    def save_model(self, output_dir: str | None = None) -> None:
-        """Writes what AutoModelForCausalLM.from_pretrained (adapters: PeftModel.from_pretrained) loads, tokenizer
-        included.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what AutoModelForCausalLM.from_pretrained (adapters: PeftModel.from_pretrained) loads, tokenizer and
+        model card included; with `push_to_hub` output_dir is uploaded, too. `_internal_call`, which scripts that
+        override this pass on, changes nothing.
         """
+        directory = Path(str(output_dir or self.args.output_dir))
         if self.args.should_save:
-            checkpoint.save_model(self.model, self.processing_class, Path(str(output_dir or self.args.output_dir)))
+            self._write_model(directory)
+        if self.args.push_to_hub and self.ranks.is_main and directory == Path(str(self.args.output_dir)):
+            self.hub.push("Model save")
 
     def _fused_blocks(self) -> AbstractContextManager[object]:
         return build.fused_blocks([self.policy, self.reference.policy], self.args)
@@ -496,6 +561,9 @@ class DPOTrainer(Surface):
         with ExitStack() as stack:
             if args.disable_dropout:
                 stack.enter_context(without_dropout(self.model))
+            stack.enter_context(
+                noisy_embeddings(self.policy, args.neftune_noise_alpha, args.seed, lambda: self.state.global_step)
+            )
             if args.gradient_checkpointing or checkpoints_already(self.model):
                 stack.enter_context(checkpointing(self.policy, args.checkpoint_options))
             if args.torch_compile:
@@ -535,11 +603,25 @@ class DPOTrainer(Surface):
         self.accelerator.gradient_accumulation_steps = 1  # which the environment may have set: losses are divided here
 
 
-def _refuse_hooks(data_collator: Any, compute_metrics: Any, preprocess_logits_for_metrics: Any) -> None:
-    given = {"data_collator": data_collator, "compute_metrics": compute_metrics}
-    given["preprocess_logits_for_metrics"] = preprocess_logits_for_metrics
-    if names := [name for name, value in given.items() if value is not None]:
-        raise ValueError(f"{' and '.join(names)} is not available yet: leave it out; evaluate() gives its own metrics")
+def _keep_rows(
+    batches: Share,
+    found: Mapping[bytes, Tensor],  # (3,) a row: rewards of chosen and rejected, loss
+    first: int,  # the number of the batch's first row in the table
+    rows: list[Tensor] | None,
+    predictions: Predictions | None,
+) -> None:
+    """Hands what was found of a batch to whoever asks for it, by row."""
+    if rows is None and predictions is None:
+        return
+    places = [place for _, place in batches.places]
+    values = [found[key] for key, _ in batches.places]
+    own = torch.stack(values) if values else torch.empty(0, 3)
+    if rows is not None:
+        numbers = torch.tensor(places, dtype=torch.float64, device=own.device) + first
+        rows.append(torch.cat([numbers[:, None], own.double()], 1))
+    if predictions is not None:
+        pairs = {key: pair for batch in batches for key, pair in zip(batch.keys, pairs_of(batch), strict=True)}
+        predictions.add([pairs[key] for key, _ in batches.places], places, own[:, 2])
 
 
 def _best_key(args: DPOConfig) -> str:
@@ -591,7 +673,7 @@ def train(
         callbacks=callbacks,
         tokenizer=tokenizer,
     )
-    trainer._evaluate_at_end = bool(trainer.eval_dataset) and trainer.args.eval_strategy == "no"
+    trainer._evaluate_at_end = bool(trainer._eval_tables) and trainer.args.eval_strategy == "no"
     metrics = dict(trainer.train().metrics)
     history = trainer.state.log_history
     evaluated = [row for row in history if any(key.startswith("eval_") for key in row)]

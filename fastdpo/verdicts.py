@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,14 @@ class Verdict:
 # Topic -> options that work, ours before the inherited ones.
 _WORKS = {
     "model": "model_revision trust_remote_code dtype attn_implementation model_init_kwargs rope_scaling "
-    "is_encoder_decoder fused_kernels disable_dropout",
-    "adapters": "use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora",
+    "is_encoder_decoder fused_kernels disable_dropout neftune_noise_alpha",
+    "adapters": "use_peft lora_r lora_alpha lora_dropout lora_target_modules "
+    "lora_target_parameters lora_modules_to_save use_rslora use_dora",
     "quantised weights": "load_in_4bit load_in_8bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage "
     "quantization_config",
-    "data": "dataset_train_split dataset_test_split max_length max_prompt_length max_completion_length "
-    "max_target_length truncation_mode "
-    "dataset_num_proc remove_unused_columns",
+    "data": "train_dataset_weights dataset_train_split dataset_test_split max_length max_prompt_length "
+    "max_completion_length max_target_length truncation_mode "
+    "dataset_num_proc remove_unused_columns label_pad_token_id padding_value pad_token",
     "preference loss": "loss_type loss_weights beta label_smoothing discopop_tau simpo_gamma cpo_alpha "
     "bco_running_mean rpo_alpha f_divergence_type f_alpha_divergence_coef ld_alpha use_weighting reference_free "
     "router_aux_loss_coef",
@@ -50,7 +51,8 @@ _WORKS = {
     "activation_checkpointing activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
     "batches and duration": "per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps "
     "train_sampling_strategy dataloader_drop_last dataloader_num_workers "
-    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor",
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
+    "dataloader_multiprocessing_context",
     "optimizer and schedule": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim "
     "optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm",
     "precision and device": "bf16 fp16 tf32 use_cpu torch_compile torch_compile_backend torch_compile_mode",
@@ -58,17 +60,18 @@ _WORKS = {
     "several processes": "ddp_backend ddp_timeout ddp_find_unused_parameters",
     "reproducibility": "seed data_seed full_determinism",
     "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end "
-    "metric_for_best_model greater_is_better",
+    "metric_for_best_model greater_is_better eval_accumulation_steps batch_eval_metrics eval_do_concat_batches "
+    "include_for_metrics generate_during_eval",
     "logging": "logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level "
     "log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
     "trackio_static_space_id",
     "saving": "output_dir overwrite_output_dir save_strategy save_steps save_total_limit save_on_each_node "
-    "save_only_model",
+    "save_only_model push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision",
     "read by your own script": "do_train do_eval do_predict",
 }
 
 # What these ask for is always so, whatever their value: understood by name, kept nowhere.
-_ALWAYS = ("padding_free",)
+_ALWAYS = ("padding_free", "auto_find_batch_size", "include_tokens_per_second")
 
 # Old name -> (its value that changes nothing, the present name, old value -> present value or None: the value stays).
 _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
@@ -81,6 +84,7 @@ _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
     "push_to_hub_model_id": (None, "hub_model_id", None),
     "push_to_hub_organization": (None, "hub_model_id", None),
     "push_to_hub_token": (None, "hub_token", None),
+    "include_inputs_for_metrics": (False, "include_for_metrics", {True: ["inputs"]}),
     "torchdynamo": (None, "torch_compile_backend", None),
     "torch_dtype": (None, "dtype", None),
 }
@@ -91,29 +95,24 @@ _NOT_YET = {
     "fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config accelerator_config",
     ("resuming", "start again from the saved model"): "resume_from_checkpoint ignore_data_skip "
     "restore_callback_states_from_checkpoint enable_jit_checkpoint",
-    ("pushing to the Hub", "call model.push_to_hub after training"): "push_to_hub hub_model_id hub_strategy hub_token "
-    "hub_private_repo hub_always_push hub_revision",
-    ("compute_metrics", "read the metrics that every evaluation logs"): "eval_accumulation_steps batch_eval_metrics "
-    "eval_do_concat_batches include_for_metrics include_inputs_for_metrics",
-    ("evaluating in another precision", "set bf16=True or fp16=True, which evaluation follows"): "bf16_full_eval "
-    "fp16_full_eval",
-    ("embedding noise", "leave it off"): "neftune_noise_alpha",
-    ("finding the batch size", "set max_tokens_per_microbatch, which changes no result"): "auto_find_batch_size",
-    ("sampling during evaluation", "generate in a TrainerCallback"): "generate_during_eval",
-    ("choosing padding", "set the tokenizer's pad token"): "label_pad_token_id padding_value pad_token",
     ("memory reports", "read the GPU's own counters"): "skip_memory_metrics",
-    ("tokens a second", "divide num_tokens by train_runtime, both are logged"): "include_tokens_per_second",
-    ("this loader option", "leave it at its default"): "dataloader_in_order dataloader_multiprocessing_context",
-    ("LoRA on parameters", "name modules with lora_target_modules"): "lora_target_parameters",
-    ("optimizers for chosen modules", "take optim='adamw_8bit' to save memory"): "optim_target_modules",
 }
 
 # Option -> (why not, what instead). Every value but the default raises.
 _REFUSED = {
+    "optim_target_modules": ("it belongs to optimizers like GaLore, which are refused", "take optim='adamw_8bit'"),
     "ddp_bucket_cap_mb": ("gradients are summed once they are all there", "leave it out"),
     "ddp_static_graph": ("gradients are summed once they are all there", "leave it out"),
     "ddp_broadcast_buffers": ("all processes start from the first one's buffers", "leave it out"),
-    "prediction_loss_only": ("an evaluation never keeps predictions", "leave it out"),
+    "prediction_loss_only": ("predictions are kept for compute_metrics alone", "leave that out"),
+    "bf16_full_eval": (
+        "it rounds the model's weights for good",
+        "set bf16=True, which evaluation follows, or call trainer.model.bfloat16() before evaluate()",
+    ),
+    "fp16_full_eval": (
+        "it rounds the model's weights for good",
+        "set fp16=True, which evaluation follows, or call trainer.model.half() before evaluate()",
+    ),
     "label_smoothing_factor": ("it smooths class labels, and a preference has none", "use label_smoothing"),
     "use_liger_kernel": ("fastdpo has kernels of its own", "leave it out"),
     "liger_kernel_config": ("fastdpo has kernels of its own", "leave it out"),
@@ -167,6 +166,7 @@ ENUMS = {
     "eval_strategy": IntervalStrategy,
     "logging_strategy": IntervalStrategy,
     "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
     "lr_scheduler_type": SchedulerType,
     "optim": OptimizerNames,
 }
@@ -199,18 +199,22 @@ CHECKPOINT_KWARGS = ("use_reentrant", "preserve_rng_state", "determinism_check",
 CHECKPOINT_KWARGS += ("every_n_layers", "offload")
 
 RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("beta discopop_tau learning_rate adam_epsilon num_train_epochs lora_alpha", "above 0", lambda value: value > 0),
+    (
+        "beta discopop_tau learning_rate adam_epsilon num_train_epochs lora_alpha neftune_noise_alpha",
+        "above 0",
+        lambda value: value > 0,
+    ),
     (
         "max_length max_prompt_length max_completion_length max_target_length dataset_num_proc "
         "max_tokens_per_microbatch lora_r precompute_ref_batch_size ref_model_sync_steps "
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps save_total_limit "
-        "torch_empty_cache_steps dataloader_prefetch_factor",
+        "torch_empty_cache_steps dataloader_prefetch_factor eval_accumulation_steps",
         "at least 1",
         lambda value: value >= 1,
     ),
     (
         "weight_decay max_grad_norm warmup_steps eval_delay dataloader_num_workers seed data_seed logging_steps "
-        "eval_steps save_steps rpo_alpha simpo_gamma cpo_alpha router_aux_loss_coef",
+        "eval_steps save_steps rpo_alpha simpo_gamma cpo_alpha router_aux_loss_coef padding_value",
         "0 or above",
         lambda value: value >= 0,
     ),

@@ -29,7 +29,8 @@ import tokenizers_for_tests
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # `make test` hands whole files to several processes: those that take longest first, or one would end the run alone.
-LONGEST_FIRST = ("compile", "memory", "demo", "benchmarks", "compiled", "train", "linear_logps", "head_fused")
+LONGEST_FIRST = ("compile", "memory", "demo", "benchmarks", "compiled", "train", "losses_trained", "linear_logps")
+LONGEST_FIRST += ("head_fused",)
 PLACES = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
 
 

@@ -13,17 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import tokenizers_for_tests
+import numpy as np
 import torch
 from conftest import praise_and_scolding, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from test_out_of_memory import Operations
+from tiny_vision import picture, tiny_vision
+from tokenizers_for_tests import byte_level
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 import fastdpo
 from fastdpo import checkpoint
 from fastdpo.batch import OptimizerBatch
+from fastdpo.collator import padded_rows
+from fastdpo.data import ID_COLUMNS, TokenPair
 from fastdpo.ranks import GradientSum, Ranks
 
 PAIRS = 12
@@ -58,6 +62,7 @@ def trainer_of(
     eval_dataset: Any = None,
     model: Any = None,
     lora: bool = False,
+    hooks: dict[str, Any] | None = None,
     **more: Any,
 ) -> fastdpo.DPOTrainer:
     return fastdpo.DPOTrainer(
@@ -65,8 +70,9 @@ def trainer_of(
         args=fastdpo.DPOConfig(**options(out, count, **more)),
         train_dataset=rows,
         eval_dataset=eval_dataset,
-        processing_class=tokenizers_for_tests.byte_level(),
+        processing_class=byte_level(),
         peft_config=LORA if lora else None,
+        **(hooks or {}),
     )
 
 
@@ -91,6 +97,35 @@ def matched(out: Path, count: int) -> dict[str, Any]:
     return run(out, count, loss_type="aot", eval_dataset=ROWS[:17], eval_strategy="epoch")
 
 
+def sampled(out: Path, count: int) -> dict[str, Any]:
+    """Two sets drawn by weight, noise on embeddings, and samples, which the first process alone writes."""
+    drawn = {"rows": [ROWS[:12], ROWS[12:]], "train_dataset_weights": [2.0, 1.0], "neftune_noise_alpha": 5.0}
+    evaluating = {"eval_dataset": ROWS[:7], "eval_strategy": "epoch", "generate_during_eval": True}
+    return run(out, count, lora=True, **drawn, **evaluating)
+
+
+def unpaired(out: Path, count: int) -> dict[str, Any]:
+    rows = [
+        {"prompt": row["prompt"] + str(number), "completion": row[side], "label": side == "chosen"}
+        for number, side in enumerate(("chosen", "rejected", "chosen"))
+        for row in ROWS[: 12 - number]
+    ]
+    return run(out, count, rows=rows, loss_type="aot_unpaired")
+
+
+def pictured(out: Path, count: int) -> dict[str, Any]:
+    """Prompts that show images, and a last batch of one, of which some processes have nothing."""
+    model, processor = tiny_vision("llava")
+    rows = [
+        {**row, "prompt": "<image>" + row["prompt"], "images": [picture(30 + number, 40, number)]}
+        for number, row in enumerate(ROWS[:13])
+    ]
+    args = fastdpo.DPOConfig(**options(out, count, max_tokens_per_microbatch=None, num_train_epochs=1))
+    trainer = fastdpo.DPOTrainer(model, args=args, train_dataset=rows, processing_class=processor)
+    trainer.train()
+    return summary(trainer)
+
+
 def running_mean(out: Path, count: int) -> dict[str, Any]:
     trainer = trainer_of(out, count, loss_type="bco_pair")
     trainer.train()
@@ -103,6 +138,32 @@ def predicted(out: Path, count: int) -> dict[str, Any]:
     trainer.train()
     found = [torch.from_numpy(trainer.predict(ROWS[:rows]).predictions) for rows in (1, 17)]
     return summary(trainer, predictions=found)
+
+
+def left_padded(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = padded_rows([TokenPair(*(row[column] for column in ID_COLUMNS)) for row in rows], 0)
+    places = batch["attention_mask"].argsort(dim=1, stable=True)
+    return {name: values.gather(1, places) for name, values in batch.items()}
+
+
+def best_tokens(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    padding = labels == 0  # as wide as a process's own rows are
+    best = logits.log_softmax(-1).amax(-1).masked_fill(padding, 0)
+    return best.sum(1, keepdim=True), logits.argmax(-1).masked_fill(padding, 0)
+
+
+def sums_by_place(given: Any) -> dict[str, float]:
+    """Each value times its place, so that the order counts."""
+    (logps, best), places = given.predictions, np.arange(1, len(given.label_ids) + 1)
+    parts = {"logps": logps[:, 0], "best": (best * (best != -100)).sum(1), "labels": given.label_ids.sum(1)}
+    found = {name: float((places * values).sum()) for name, values in parts.items()}
+    return {**found, "losses": float((places[: len(given.losses)] * given.losses).sum())}
+
+
+def hooked(out: Path, count: int) -> dict[str, Any]:
+    hooks = {"compute_metrics": sums_by_place, "preprocess_logits_for_metrics": best_tokens}
+    more = {"eval_dataset": ROWS[:13], "eval_strategy": "epoch", "include_for_metrics": ["loss"]}
+    return run(out, count, hooks={**hooks, "data_collator": left_padded}, **more)
 
 
 def token_mean(out: Path, count: int) -> dict[str, Any]:
@@ -191,7 +252,7 @@ def slow_to_save(out: Path, count: int) -> dict[str, Any]:
     try:
         more: Any = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "reference_free": True}
         more |= {"metric_for_best_model": "loss", "load_best_model_at_end": True, "max_steps": 2}
-        model, tokenizer = tiny_llama(), tokenizers_for_tests.byte_level()
+        model, tokenizer = tiny_llama(), byte_level()
         given = options(out / f"slow-{count}", count, **more)
         result = fastdpo.train(model, ROWS, ROWS[:5], processing_class=tokenizer, **given)
         there = (out / f"slow-{count}/run/model.safetensors").exists()
@@ -357,7 +418,20 @@ OUT_OF_MEMORY: dict[str, Callable[..., dict[str, Any]]] = {
 SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(lora_with_evaluation, matched, running_mean, predicted, token_mean, padded, a_last_batch_of_one_pair, stream),
+        *(
+            lora_with_evaluation,
+            matched,
+            sampled,
+            unpaired,
+            pictured,
+            running_mean,
+            predicted,
+            hooked,
+            token_mean,
+            padded,
+            a_last_batch_of_one_pair,
+            stream,
+        ),
         *(
             weights_that_differ_at_first,
             quantised_weights_that_differ_at_first,

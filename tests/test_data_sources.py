@@ -72,9 +72,9 @@ def test_a_directory_of_files_is_read_and_one_without_is_refused(tokenizer, tmp_
     ("rows", "message"),
     [
         ([{"prompt": "a", "chosen": "b"}], "columns 'prompt', 'chosen'; missing 'rejected'"),
-        ([{"prompt": "a", "completion": "b", "label": True}], "missing 'chosen' and 'rejected'.*unpaired"),
+        ([{"prompt": "a", "completion": "b", "label": True}], "unpaired rows .prompt, completion, label.*pair them"),
         ([{"messages": [USER, GOOD]}], "supervised fine-tuning"),
-        ([{**PLAIN, "images": ["x.png"]}], "images are not supported"),
+        ([{**PLAIN, "images": ["x.png"]}], "rows with images need a vision-language model"),
         ([PLAIN, {**PLAIN, "chosen": 5}], "row 1: column 'chosen' is int, expected a string or a list"),
         ([PLAIN, {**PLAIN, "prompt": None}], "row 1: column 'prompt' is nothing"),
         ([{**PLAIN, "chosen": ["a", "b"]}], "row 0: column 'chosen' is list of str"),

@@ -64,7 +64,7 @@ def train(trainer: fastdpo.DPOTrainer, around: Callable[[int], Operations]) -> l
 
 
 def numbers(trainer: fastdpo.DPOTrainer) -> list[dict[str, float]]:
-    timing = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    timing = ("train_runtime", *(f"train_{unit}_per_second" for unit in ("samples", "steps", "tokens")))
     return [{k: v for k, v in row.items() if k not in timing} for row in trainer.state.log_history]
 
 

@@ -93,3 +93,14 @@ def test_a_model_without_routers_is_refused(rows, tokenizer, quick) -> None:
     assert not balances_routers(tiny_llama())
     with pytest.raises(ValueError, match="router_aux_loss_coef=0.1, and LlamaForCausalLM has no auxiliary loss"):
         trained(tiny_llama(), rows, tokenizer, quick, router_aux_loss_coef=0.1)
+
+
+def test_adapters_on_the_experts_own_weights_train_as_without_our_blocks(rows, tokenizer, quick) -> None:
+    options = {"use_peft": True, "lora_target_modules": ["q_proj"], "lora_r": 4}
+    options |= {"lora_target_parameters": ["mlp.experts.gate_up_proj"]}
+    runs = [trained(mixtral(), rows, tokenizer, quick, fused_kernels=on, **options) for on in (False, True)]
+    moved = [name for name, value in runs[0].model.named_parameters() if "experts.lora_B" in name and value.abs().sum()]
+    assert len(moved) == 2  # one a layer
+    one, other = ([row["loss"] for row in run.history if "grad_norm" in row] for run in runs)
+    assert one[0] == pytest.approx(math.log(2), abs=1e-6) and one[-1] < one[0]
+    assert one == pytest.approx(other, abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ MAY_IMPORT = {
     "config": {"verdicts", "losses"},
     "rows": set(),
     "sources": {"rows"},
-    "data": {"config", "rows", "sources"},
+    "unpaired": {"config", "rows"},
+    "images": {"batch", "rows"},
+    "data": {"config", "images", "rows", "sources", "unpaired"},
     "attention_backends": {"batch"},
     "attention": {"attention_backends", "batch"},
     "architectures": set(),
@@ -33,24 +36,41 @@ MAY_IMPORT = {
     "quantized": {"config", "verdicts"},
     "offload": set(),
     "model": {"attention", "batch", "config", "offload", "quantized"},
-    "layout": {"attention", "attention_backends", "batch", "data", "model", "quantized"},
+    "layout": {"attention", "attention_backends", "batch", "data", "images", "model", "quantized"},
     "compiled": {"attention", "model"},
     "ranks": {"config", "quantized"},
     "retry": {"batch", "ranks"},
-    "loader": {"batch", "config", "data", "layout", "ranks"},
+    "collator": {"data"},
+    "loader": {"batch", "collator", "config", "data", "layout", "ranks", "unpaired"},
+    "predictions": {"collator", "config", "model", "ranks", "retry"},
     "reference": {"batch", "model", "quantized", "ranks"},
     "identity": {"model"},
     "activations": {
         *("attention", "attention_backends", "batch", "data", "layout", "model", "offload", "patching"),
         *("projections", "quantized"),
     },
-    "memory": {"activations", "attention_backends", "config", "data", "losses", "meta", "model", "quantized", "ranks"},
-    "reference_cache": {"batch", "config", "data", "identity", "layout", "loader", "ranks", "reference", "retry"},
+    "memory": {
+        *("activations", "attention_backends", "config", "data", "losses", "meta", "model", "quantized", "ranks"),
+        "rows",
+    },
+    "reference_cache": {
+        *("batch", "config", "data", "identity", "images", "layout", "loader", "ranks", "reference", "retry"),
+        "unpaired",
+    },
     "step": {"batch", "losses", "model", "ranks"},
     "metrics": {"ranks", "step"},
     "checkpoint": {"reference"},
     "merge": {"config", "model", "quantized"},
     "messages": set(),
+    "hub": {"config"},
+    "card": {"config", "losses", "mixture", "model"},
+    "mixture": {"rows"},
+    "noise": {"batch", "model"},
+    "by_hand": {
+        *("batch", "collator", "config", "data", "layout", "metrics", "model", "predictions", "ranks", "reference"),
+        "step",
+    },
+    "generate": {"batch", "config", "data", "model", "reference", "retry"},
     "optimizer": {"config"},
 }
 
@@ -123,3 +143,16 @@ def test_the_losses_load_neither_sympy_nor_triton_before_something_needs_them() 
 def test_no_module_is_called_utils_common_or_helpers() -> None:
     names = {path.stem for path in [*FASTDPO.values(), *KERNELS]}
     assert not names & {"utils", "common", "helpers", "misc"}
+
+
+def test_every_row_of_the_table_of_features_names_tests_that_exist() -> None:
+    table = (ROOT / "README.md").read_text().split("\n## What it does\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 15
+    for what, _, proofs in rows:
+        named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", proofs)
+        assert len(named) == proofs.count("`") / 2 > 0, what
+        for file, function in named:
+            tree = ast.parse((ROOT / "tests" / file).read_text())
+            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert function in functions if function else functions, (what, file, function)

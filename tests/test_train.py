@@ -231,12 +231,13 @@ def test_trained_adapters_of_a_bfloat16_model_are_fp32_and_its_base_stays(rows, 
 
 def test_the_same_seed_gives_bitwise_the_same_run_and_workers_change_nothing(rows, tokenizer, quick) -> None:
     runs = []
-    for workers in (0, 0, 2):
+    loading = {"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "fork"}
+    for more in ({}, {}, loading):
         out = fastdpo.train(
             tiny_llama(),
             rows,
             processing_class=tokenizer,
-            **quick | {"max_steps": 6, "dataloader_num_workers": workers},
+            **quick | {"max_steps": 6} | more,
         )
         runs.append(
             (state(out.model), [{k: v for k, v in row.items() if "runtime" not in k} for row in out.history[:-1]])
@@ -244,6 +245,15 @@ def test_the_same_seed_gives_bitwise_the_same_run_and_workers_change_nothing(row
     for other, history in runs[1:]:
         assert history == runs[0][1]
         assert all(torch.equal(value, other[name]) for name, value in runs[0][0].items())
+
+
+def test_options_of_the_loader_reach_it_and_need_workers(rows, tokenizer, quick) -> None:
+    options = {"dataloader_in_order": False, "dataloader_num_workers": 1}
+    config = fastdpo.DPOConfig(**quick | options)
+    trainer = fastdpo.DPOTrainer(tiny_llama(), args=config, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.get_train_dataloader().in_order is False
+    with pytest.raises(ValueError, match="no effect without dataloader_num_workers"):
+        fastdpo.DPOConfig(**quick, dataloader_in_order=False)
 
 
 def test_two_trainers_of_different_precision_live_in_one_process(rows, tokenizer, quick) -> None:

@@ -36,8 +36,8 @@ CHAT = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}
 
 def config(**options: Any) -> Any:
     defaults = {"max_length": None, "max_prompt_length": None, "max_completion_length": None}
-    defaults |= {"is_encoder_decoder": False, "max_target_length": None}
-    more = {"truncation_mode": "keep_end", "dataset_num_proc": None, "disable_tqdm": True}
+    defaults |= {"is_encoder_decoder": False, "max_target_length": None, "remove_unused_columns": True}
+    more = {"truncation_mode": "keep_end", "dataset_num_proc": None, "disable_tqdm": True, "loss_type": ["sigmoid"]}
     return SimpleNamespace(**{**defaults, **more, **options})
 
 
