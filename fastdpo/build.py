@@ -34,6 +34,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from fastdpo.attention import CannotPack, backend_report
 from fastdpo.attention_backends import check_asked
+from fastdpo.batch import PreferenceBatch
 from fastdpo.card import TAGS
 from fastdpo.collator import Collator
 from fastdpo.config import DPOConfig
@@ -402,11 +403,14 @@ def build_reference(
     """A given reference model, or what the policy starts as; none where nothing depends on it."""
     if not needs_reference(config):
         return NoReference()
+    probe, synced = probe_batch(policy, layout), config.sync_ref_model
+    return find_reference(policy, ref_policy, probe, config.ld_alpha, config.ref_adapter_name, synced)
+
+
+def probe_batch(policy: Policy, layout: Layout) -> PreferenceBatch:
+    """Two small pairs, always the same, on the policy's device."""
     embedding = input_embedding(policy.model)
-    probe = layout.collate(probe_pairs(embedding.weight.shape[0])).to(embedding.weight.device)
-    return find_reference(
-        policy, ref_policy, probe, config.ld_alpha, config.ref_adapter_name, synced=config.sync_ref_model
-    )
+    return layout.collate(probe_pairs(embedding.weight.shape[0])).to(embedding.weight.device)
 
 
 def plan_batches(

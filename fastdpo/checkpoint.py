@@ -1,15 +1,21 @@
-"""What a run leaves on disk: models that plain transformers and peft load, kept to `save_total_limit`.
+"""What a run leaves on disk: models that plain transformers and peft load, and checkpoints that a run goes on from.
 
-A checkpoint holds the model, its tokenizer and the trainer's state. (Optimizer state and resuming are not part of it
-yet.)
+A checkpoint is written beside and takes its name once all of it is on disk, with a list of its files, their sizes and
+checksums: a run that is killed while it saves leaves the checkpoints that there were, and one that was damaged later is
+told from a whole one. `save_total_limit` are kept, the best one among them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from transformers import PreTrainedModel, TrainerState
@@ -17,6 +23,9 @@ from transformers import PreTrainedModel, TrainerState
 from fastdpo.reference import FROZEN_ADAPTER
 
 logger = logging.getLogger(__name__)
+
+FILES = "files.json"  # of a checkpoint: name -> size and checksum
+STATE = "trainer_state.json"
 
 
 def save_model(model: PreTrainedModel | PeftModel, processing_class: Any, directory: Path) -> None:
@@ -40,20 +49,95 @@ def load_weights(model: PreTrainedModel | PeftModel, directory: Path) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def save_checkpoint(
-    model: PreTrainedModel | PeftModel, processing_class: Any, state: TrainerState, output_dir: Path, limit: int | None
-) -> Path:
-    """-> output_dir/checkpoint-STEP; the oldest ones beyond `limit` go, never the best one."""
-    directory = path_of(output_dir, state)
-    save_model(model, processing_class, directory)
-    state.save_to_json(str(directory / "trainer_state.json"))
+@contextmanager
+def written_whole(directory: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `directory` once all in it is on disk; on an error it goes, and what
+    was there before stays.
+    """
+    draft, old = (directory.with_name(f".{directory.name}.{word}") for word in ("writing", "old"))
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
+        listed = {str(path.relative_to(draft)): [path.stat().st_size, _checksum(path)] for path in files}
+        (draft / FILES).write_text(json.dumps(listed, indent=1))
+        for path in [*files, draft / FILES, *(folder for folder in draft.rglob("*") if folder.is_dir()), draft]:
+            _to_disk(path)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            error.add_note(f"fastdpo: {directory} was not written; the checkpoints before it are as they were")
+        raise
+    if directory.exists():  # of an earlier run
+        directory.rename(old)
+    draft.rename(directory)
+    _to_disk(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            value = crc32(part, value)
+    return value
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def damage(directory: Path) -> str:
+    """What is wrong with a checkpoint, "" where nothing is."""
+    if not directory.is_dir():
+        return "it is not there"
+    try:
+        listed = json.loads((directory / FILES).read_text())
+    except (OSError, ValueError):
+        return f"it has no {FILES} that can be read: it was written by another program, or by an earlier version"
+    for name, (size, checksum) in listed.items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, and had {size} when it was written"
+        if _checksum(path) != checksum:
+            return f"{name} is not what was written (its checksum is another one)"
+    return ""
+
+
+def find(resume_from: str | bool, output_dir: Path) -> Path:
+    """The checkpoint to go on from: a path, or for True (or its word) the newest whole one. Raises ValueError where
+    there is none.
+    """
+    if isinstance(resume_from, str) and resume_from.lower() != "true":
+        if reason := damage(Path(resume_from)):
+            raise ValueError(f"resume_from_checkpoint={resume_from!r} is no whole checkpoint: {reason}")
+        return Path(resume_from)
+    for directory in reversed(checkpoints(output_dir)):
+        if not (reason := damage(directory)):
+            return directory
+        logger.warning("%s is left out: %s", directory, reason)
+    raise ValueError(
+        f"resume_from_checkpoint=True, and there is no whole checkpoint in {output_dir}: leave it out to start anew, "
+        "with save_strategy='steps' to be able to go on later"
+    )
+
+
+def remove_old(output_dir: Path, newest: Path, state: TrainerState, limit: int | None) -> None:
+    """The oldest checkpoints beyond `limit`, but never the newest and the best one."""
     if limit:
         best = state.best_model_checkpoint
-        kept = {directory} | ({Path(best)} if best else set())
+        kept = {newest} | ({Path(best)} if best else set())
         others = [path for path in checkpoints(output_dir) if path not in kept]
         for old in others[: max(0, len(others) + len(kept) - limit)]:
             shutil.rmtree(old)
-    return directory
 
 
 def path_of(output_dir: Path, state: TrainerState) -> Path:

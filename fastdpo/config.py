@@ -276,7 +276,9 @@ class DPOConfig(TrainingArguments):
             setattr(self, name, [value] if single else list(value) if isinstance(value, tuple) else value)
         for name in _DICTS:
             setattr(self, name, _dict_of(name, getattr(self, name)))
-        for name in ("output_dir", "logging_dir", "ref_log_probs"):
+        if self.resume_from_checkpoint is True:
+            self.resume_from_checkpoint = "true"
+        for name in ("output_dir", "logging_dir", "ref_log_probs", "resume_from_checkpoint"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
         self._join_quantization()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
@@ -82,7 +83,7 @@ class EpochSampler(Sampler[int]):
 
     def __init__(self, table: Dataset, strategy: str, batch_pairs: int, seed: int) -> None:
         self.rows, self.strategy, self.batch_pairs, self.seed = len(table), strategy, batch_pairs, seed
-        self.epoch = 0
+        self.epoch = self.skipped = 0  # rows of the next epoch that were seen before the run was stopped
         self.lengths: list[int] = []
         if strategy == "group_by_length":
             self.lengths = sum(list_lengths(table, column) for column in ID_COLUMNS).tolist()  # type: ignore[union-attr]
@@ -91,6 +92,10 @@ class EpochSampler(Sampler[int]):
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
+        skipped, self.skipped = self.skipped, 0
+        return islice(self._order(), skipped, None)
+
+    def _order(self) -> Iterator[int]:
         if self.strategy == "sequential":
             return iter(range(self.rows))
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -180,9 +185,11 @@ def length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
     return math.ceil(args.num_train_epochs * len(loader)), args.num_train_epochs
 
 
-def set_epoch(loader: DataLoader, epoch: int) -> None:
-    """Another order of the rows for each epoch."""
+def epoch_batches(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Share]:
+    """An epoch's batches, whose rows come in another order each time, without the first `done` ones."""
     if isinstance(loader.dataset, IterableDataset):
         loader.dataset.set_epoch(epoch)
-    else:
-        loader.sampler.epoch = epoch  # type: ignore[attr-defined]
+        return islice(iter(loader), done, None)
+    sampler: Any = loader.sampler
+    sampler.epoch, sampler.skipped = epoch, done * (loader.batch_size or 1)
+    return iter(loader)

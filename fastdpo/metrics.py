@@ -50,8 +50,9 @@ class MetricSums:
         return {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in names}, values[len(SUMS) :]
 
 
-def _is_json(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _line(row: dict[str, Any]) -> str:
+    no_json = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps({key: None if key in no_json else value for key, value in row.items()}) + "\n"
 
 
 def _ratio(total: float, count: float) -> float:
@@ -88,14 +89,13 @@ class RunFiles(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and state.global_step == 0:
-            self._path(args).write_text("")
+        if state.is_world_process_zero:  # rows that a stopped run wrote after its last checkpoint come again
+            self._path(args).write_text("".join(map(_line, state.log_history)))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
             with self._path(args).open("a") as file:
-                row = {key: value if _is_json(value) else None for key, value in state.log_history[-1].items()}
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(state.log_history[-1]))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

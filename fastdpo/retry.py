@@ -29,7 +29,7 @@ class Retry:
     def __init__(self, ranks: Ranks, dropout: bool = False) -> None:
         self.ranks, self.dropout = ranks, dropout
         self.budget: int | None = None
-        self._told: int | None = None  # the budget that the user knows of
+        self.told: int | None = None  # the budget that the user knows of
 
     def __call__(
         self,
@@ -51,13 +51,13 @@ class Retry:
 
     def report(self) -> None:
         """Says which budget is in use, where it is another one than was said last."""
-        if self.budget != self._told:
+        if self.budget != self.told:
             logger.warning(
                 "memory ran out again: by now micro-batches have at most %d tokens; max_tokens_per_microbatch=%d "
                 "starts so",
                 *(self.budget, self.budget),
             )
-        self._told = self.budget
+        self.told = self.budget
 
     def _optimizer_batch(self, batches: Batches, loader: DataLoader) -> OptimizerBatch:
         """This process's micro-batches, as many as the process with most has, and what all have together."""
@@ -104,7 +104,7 @@ class Retry:
                 *(2 * budget, budget, budget),
                 "; dropout is on, and smaller micro-batches draw other masks" if self.dropout else "",
             )
-            self._told = budget
+            self.told = budget
         self.budget = budget
         return False
 

@@ -8,7 +8,7 @@ Legend: P pairs, R rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -21,19 +21,15 @@ from accelerate import Accelerator
 from datasets import IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainerControl, TrainerState, trainer_pt_utils
-from transformers.trainer_callback import CallbackHandler
+from transformers import trainer_pt_utils
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from fastdpo import build, card, checkpoint
-from fastdpo.by_hand import ByHand
-from fastdpo.collator import Collator
-from fastdpo.generate import Sampler, prompts_of
+from fastdpo.evaluation import Evaluation
+from fastdpo.generate import prompts_of
 from fastdpo.hub import Repository
 from fastdpo.loader import Collate, eval_loader, train_loader
 from fastdpo.model import base_model
-from fastdpo.predictions import Predictions
-from fastdpo.ranks import Ranks
 from fastdpo.reference import Reference
 from fastdpo_kernels.pair_loss import pair_loss
 
@@ -68,26 +64,14 @@ def refuse_overrides(cls: type) -> None:
                 )
 
 
-class Surface(ByHand):
+class Surface(Evaluation):
     """The part of DPOTrainer that a run itself does not need, with what it takes of the rest."""
 
-    ranks: Ranks
     accelerator: Accelerator
     hub: Repository
-    sampler: Sampler
-    state: TrainerState
-    control: TrainerControl
-    callback_handler: CallbackHandler
-    log: Callable[[dict[str, float]], None]
-    _evaluate_table: Callable[..., dict[str, float]]
-    _fused_blocks: Callable[[], AbstractContextManager[object]]
     optimizer: Any
     train_dataset: build.Table | None
-    collator: Collator | None
     _dataset_names: tuple[str, ...]
-    _eval_tables: dict[str, build.Table]
-    _evaluate_loader: Callable[..., tuple[dict[str, Any], int]]
-    _predictions: Callable[[], Predictions]
     _stored: dict[str, dict[str, list[float]]]
 
     log_metrics = trainer_pt_utils.log_metrics

@@ -15,7 +15,7 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,36 +24,48 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
-from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
+from transformers.trainer_utils import TrainOutput, enable_full_determinism, set_seed
 
 from fastdpo import build, checkpoint
-from fastdpo.batch import OptimizerBatch, PreferenceBatch, Share, pairs_of
+from fastdpo.batch import OptimizerBatch, PreferenceBatch, Share
 from fastdpo.compiled import compiled_blocks
 from fastdpo.config import DPOConfig
 from fastdpo.data import text_part
 from fastdpo.generate import Sampler
 from fastdpo.hub import Repository
-from fastdpo.loader import eval_loader, length_of_run, set_epoch
+from fastdpo.interrupts import Interrupts, end
+from fastdpo.loader import epoch_batches, length_of_run
 from fastdpo.losses import pairwise_loss
 from fastdpo.messages import show_messages
-from fastdpo.metrics import MetricSums, Running
+from fastdpo.metrics import Running
 from fastdpo.mixture import hub_names
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
 from fastdpo.noise import noisy_embeddings
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, allocate_states, build_optimizer
-from fastdpo.predictions import Predictions, check_hooks
+from fastdpo.predictions import check_hooks
 from fastdpo.ranks import GradientSum, find_ranks
 from fastdpo.reference import NoReference
+from fastdpo.resume import (
+    Position,
+    RunState,
+    callback_states,
+    restore_callbacks,
+    rows_in_words,
+    set_random_state,
+    write,
+)
 from fastdpo.retry import Retry, out_of_memory
-from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
+from fastdpo.step import PreferenceStep
 from fastdpo.surface import Surface, refuse_overrides
 from fastdpo_kernels.pair_loss import PairLoss
 
 logger = logging.getLogger(__name__)
 
+# Of a TrainerState: what the options of a run that goes on say, and not the checkpoint
+OF_THIS_RUN = ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size")
+OF_THIS_RUN += ("is_local_process_zero", "is_world_process_zero")
 FLAGS = ("should_log", "should_evaluate", "should_save", "should_epoch_stop", "should_training_stop")
 
 
@@ -118,6 +130,8 @@ class DPOTrainer(Surface):
         build.choose_adapters(model, peft_config, args)
         reporters = build.find_reporters(args)
         args.check_output_dir()
+        if args.resume_from_checkpoint:
+            checkpoint.find(args.resume_from_checkpoint, Path(str(args.output_dir)))
         self.ranks = find_ranks(args)
         args.disable_tqdm = args.disable_tqdm or not self.ranks.is_main
         self.hub = Repository(args)
@@ -148,6 +162,7 @@ class DPOTrainer(Surface):
             self.mean_reward = build.build_mean_reward(self.loss, args)
 
             self._margins_checked = self._evaluate_at_end = False
+            self._interrupts = Interrupts()
             self._stored: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
             self._retry = Retry(self.ranks, dropout=not args.disable_dropout)
             self._start_engine()
@@ -184,14 +199,15 @@ class DPOTrainer(Surface):
         policy = self.reference.policy
         return None if policy is None or policy is self.policy else policy.model
 
-    def train(self, resume_from_checkpoint: None = None) -> TrainOutput:
-        """Trains from the start; -> transformers' TrainOutput (global_step, training_loss, metrics)."""
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Trains; -> transformers' TrainOutput (global_step, training_loss, metrics).
+
+        resume_from_checkpoint: a checkpoint to go on from, True for the newest whole one of output_dir; by default that
+            of args. The trainer is then built from the same model, data and options as at first.
+        """
         args = self.args
-        if resume_from_checkpoint:
-            raise ValueError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r} is not available yet: leave it out, and start "
-                "again from the saved model"
-            )
+        resume_from = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        resumed = checkpoint.find(resume_from, Path(str(args.output_dir))) if resume_from else None
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: the trainer was built without one")
         args.validate()
@@ -217,12 +233,19 @@ class DPOTrainer(Surface):
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
-        with self._fused_blocks(), self._training_mode(), self._garbage_waits():
+        self._position, self._random_state, self._ended_by = Position(), None, 0
+        if resumed is not None:
+            self._resume(resumed, steps)
+
+        with self._fused_blocks(), self._training_mode(), self._garbage_waits(), self._interrupts.noted():
             self.policy.train()
             self.control = handler.on_train_begin(args, self.state, self.control)
-            if args.eval_on_start:
+            if args.eval_on_start and resumed is None:
                 self.evaluate()
             self._run_epochs(loader, steps)
+            if self._ended_by:
+                logger.warning("saved; train(resume_from_checkpoint=True) goes on from here")
+                end(self._ended_by)
             if self._evaluate_at_end:
                 self.evaluate()
             if args.load_best_model_at_end and self.state.best_model_checkpoint:
@@ -232,21 +255,51 @@ class DPOTrainer(Surface):
                 self.ranks.equalise(self.policy)
         return self._finish(time.time() - started)
 
+    def _resume(self, directory: Path, steps: int) -> None:
+        """Everything as it was when the checkpoint was written, but for what the options say of the run's length."""
+        logger.info("resuming from %s", directory)
+        self._position, self._random_state = self._run_state().restore(directory)
+        state: Any = TrainerState.load_from_json(str(directory / checkpoint.STATE))
+        fresh, self.state = self.state, state
+        for name in OF_THIS_RUN:
+            setattr(state, name, getattr(fresh, name))
+        restore_callbacks(self.callback_handler.callbacks, state.stateful_callbacks)
+        self._margins_checked = True
+
+    def _run_state(self) -> RunState:
+        running: Any = self._running
+        return RunState(
+            *(self.model, self.optimizer, self.lr_scheduler, self.scaler, running, self.mean_reward, self.reference),
+            *(self._retry, self.ranks, self.args, rows_in_words(self.train_dataset, self.args, self.ranks)),
+            build.probe_batch(self.policy, self.layout),
+        )
+
+    def _batches(self, loader: DataLoader) -> Iterator[Share]:
+        """What is left of an epoch. The random state of a run that goes on is that of its next step: amid an epoch, of
+        after the loader had started, which draws a seed.
+        """
+        state, self._random_state = self._random_state, None
+        if state is not None and not self._position.batches:
+            set_random_state(state, self.args.device)
+        batches = epoch_batches(loader, self._position.epoch, self._position.batches)
+        if state is not None and self._position.batches:
+            set_random_state(state, self.args.device)
+        return batches
+
     def _run_epochs(self, loader: DataLoader, steps: int) -> None:
         args, handler = self.args, self.callback_handler
         length = len(loader) if isinstance(self.train_dataset, Dataset) else steps
-        epoch = 0
         while self.state.global_step < steps and not self.control.should_training_stop:
-            set_epoch(loader, epoch)
+            epoch, count = self._position.epoch, self._position.batches
             self.control = handler.on_epoch_begin(args, self.state, self.control)
-            count = 0
-            for count, batches in enumerate(loader, 1):  # noqa: B007 (an epoch's length may be unknown before)
+            for count, batches in enumerate(self._batches(loader), count + 1):  # noqa: B007, B020
                 self.control = handler.on_step_begin(args, self.state, self.control)
                 self._optimizer_step(batches)
                 self.state.global_step += 1
                 self.state.epoch = epoch + count / length
                 if args.sync_ref_model and self.state.global_step % args.ref_model_sync_steps == 0:
                     self.reference.mix(args.ref_model_mixup_alpha)
+                self._position = Position(epoch, count)
                 self.control = handler.on_step_end(args, self.state, self.control)
                 self._agree_on_control()
                 self._log_evaluate_save()
@@ -256,11 +309,12 @@ class DPOTrainer(Surface):
                 raise ValueError(
                     "train_dataset gave no batch: it is empty, or smaller than one batch with dataloader_drop_last=True"
                 )
+            if not self.control.should_training_stop:
+                self._position = Position(epoch + 1)
             self.control = handler.on_epoch_end(args, self.state, self.control)
             self._agree_on_control()
             self._log_evaluate_save()
             self.reference.share(self.ranks, args.device)  # the next epoch deals rows otherwise
-            epoch += 1
 
     def _optimizer_step(self, batches: list[PreferenceBatch]) -> None:
         """All micro-batches of one step, their gradients those of the mean over its pairs; then one update."""
@@ -361,9 +415,13 @@ class DPOTrainer(Surface):
 
     def _agree_on_control(self) -> None:
         """What a callback asks for in one process, such as one that looks at the clock, all do."""
-        asked = [getattr(self.control, flag) for flag in FLAGS]
-        for flag, theirs in zip(FLAGS, zip(*self.ranks.exchange("flags", asked), strict=True), strict=True):
+        asked = [*(getattr(self.control, flag) for flag in FLAGS), self._interrupts.seen]
+        *flags, signals = zip(*self.ranks.exchange("flags", asked), strict=True)
+        for flag, theirs in zip(FLAGS, flags, strict=True):
             setattr(self.control, flag, any(theirs))
+        if any(signals) and not self._ended_by:
+            self._ended_by = max(signals)
+            self.control.should_save = self.control.should_training_stop = True
 
     def _log_evaluate_save(self) -> None:
         if self.control.should_log and self._running.sums.sums is not None:
@@ -373,14 +431,26 @@ class DPOTrainer(Surface):
         if self.control.should_evaluate:
             self.evaluate()
         if self.control.should_save:
-            output_dir, limit = Path(str(self.args.output_dir)), self.args.save_total_limit
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(checkpoint.path_of(output_dir, self.state))
-            if self.args.should_save:
-                self.hub.before_checkpoint()
-                saved = checkpoint.save_checkpoint(self.model, self.processing_class, self.state, output_dir, limit)
-                self._push_checkpoint(saved)
+            self._write_checkpoint()
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _write_checkpoint(self) -> None:
+        args, output_dir, state = self.args, Path(str(self.args.output_dir)), self.state
+        directory = checkpoint.path_of(output_dir, state)
+        if state.best_global_step == state.global_step:
+            state.best_model_checkpoint = str(directory)
+        parts = None if args.save_only_model else self._run_state().gather(self._position)
+        if not args.should_save:
+            return
+        state.stateful_callbacks = callback_states(self.callback_handler.callbacks)  # type: ignore[assignment]
+        self.hub.before_checkpoint()
+        with checkpoint.written_whole(directory) as draft:
+            checkpoint.save_model(self.model, self.processing_class, draft)
+            state.save_to_json(str(draft / checkpoint.STATE))
+            if parts is not None:
+                write(self.model, parts, draft)
+        checkpoint.remove_old(output_dir, directory, state, args.save_total_limit)
+        self._push_checkpoint(directory)
 
     def _read_metrics(self) -> dict[str, float]:
         running = self._running
@@ -415,119 +485,6 @@ class DPOTrainer(Surface):
         self.hub.finish()
         self.control = self.callback_handler.on_train_end(args, state, self.control)
         return TrainOutput(state.global_step, metrics["train_loss"], state.log_history[-1])
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, Any]:
-        """Metrics of the evaluation sets, of one of them by its name, or of another dataset; logged, and returned under
-        "eval_..." names. `ignore_keys` changes nothing: of the model's outputs logits alone are kept, if any.
-        """
-        tables = self._eval_tables
-        if isinstance(eval_dataset, str) and f"eval_{eval_dataset}" in tables:
-            tables = {f"{metric_key_prefix}_{eval_dataset}": tables[f"eval_{eval_dataset}"]}
-        elif eval_dataset is not None:
-            tables = build.build_eval_tables(eval_dataset, self.processing_class, self.args, metric_key_prefix)
-            tables = build.check_fit(self.policy, None, tables, self.processing_class, self.args)
-        if not tables:
-            raise ValueError("there is nothing to evaluate on: give eval_dataset to the trainer or to evaluate()")
-        metrics: dict[str, Any] = {}
-        with self._fused_blocks():
-            for name, table in tables.items():
-                metrics |= self._evaluate_table(name, table)
-        self.log(metrics)
-        if tables is self._eval_tables and self.args.metric_for_best_model and _best_key(self.args) not in metrics:
-            raise ValueError(
-                f"metric_for_best_model={self.args.metric_for_best_model!r} is neither what evaluation nor what "
-                f"compute_metrics gives: one of {', '.join(name.removeprefix('eval_') for name in metrics)}"
-            )
-        if self.args.generate_during_eval and self.ranks.is_main:
-            for name, table in tables.items():
-                self.sampler.show(name, table, self.state, self.callback_handler.callbacks)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._note_best(metrics)
-        if self.lr_scheduler is not None and self.args.lr_scheduler_type in STEPPED_BY_EVALUATION:
-            self.lr_scheduler.step(metrics[_best_key(self.args)])
-        return metrics
-
-    def _evaluate_table(self, name: str, table: build.Table, rows: list[Tensor] | None = None) -> dict[str, Any]:
-        """-> its metrics, compute_metrics' among them; for `rows` see `_evaluate_loader`."""
-        loader = eval_loader(table, self.layout, self.args, self.ranks, self.collator)
-        predictions = None if self.compute_metrics is None else self._predictions()
-        return self._evaluate_loader(name, loader, rows, predictions)[0]
-
-    def _evaluate_loader(
-        self,
-        name: str,
-        loader: DataLoader,
-        rows: list[Tensor] | None = None,
-        predictions: Predictions | None = None,
-    ) -> tuple[dict[str, Any], int]:
-        """-> metrics, and the number of pairs. To `rows` goes a (P, 4) fp64 a batch of this process's share: a row's
-        number in the table, its two rewards, its loss.
-        """
-        started = time.time()
-        step, pairs, count = self._preference_step(training=False), 0, 0
-        sums, found = MetricSums(bool(step.router_coef)), {}
-        training = self.policy.training
-        self.policy.eval()
-        handler: Any = self.callback_handler
-        handler.eval_dataloader = loader
-
-        def add(whole: OptimizerBatch) -> None:
-            nonlocal sums, pairs, found
-            window, values = copy.copy(sums), []
-            for _, result, summed in step(whole.to(self.args.device, non_blocking=True)):
-                window.add(summed)
-                values.append(torch.cat([result.rewards, result.losses[:, None]], 1))
-            keys = [key for batch in whole.microbatches for key in batch.keys]
-            by_key = dict(zip(keys, torch.cat(values).unbind(0), strict=True))
-            self.ranks.agree()
-            sums, found = window, by_key  # counted once all of the batch is through
-            pairs += whole.num_pairs
-
-        try:
-            with torch.no_grad():
-                for batches in loader:
-                    self._retry(add, batches, loader)
-                    first, count = count * (loader.batch_size or 0), count + 1
-                    _keep_rows(batches, found, first, rows, predictions)
-                    self.control = handler.on_prediction_step(self.args, self.state, self.control)
-                theirs = {} if predictions is None else predictions.result()
-        finally:
-            self.policy.train(training)
-        if sums.sums is None:
-            raise ValueError(f"the evaluation set {name} gave no row")
-        metrics, _ = sums.read(self.ranks)
-        seconds = time.time() - started
-        metrics |= {"runtime": round(seconds, 4), "samples_per_second": round(pairs / seconds, 3)}
-        metrics["steps_per_second"] = round(count / seconds, 3)
-        return {f"{name}_{key.removeprefix(f'{name}_')}": value for key, value in (theirs | metrics).items()}, pairs
-
-    def _predictions(self) -> Predictions:
-        hooks = self.compute_metrics, self.preprocess_logits_for_metrics
-        return Predictions(self.policy, self.args, self.ranks, self.layout.pad_token_id, *hooks)
-
-    def _check_best_metric(self) -> None:
-        known = [f"{name}_{metric}" for name in self._eval_tables for metric in PAIR_METRICS + TOKEN_METRICS]
-        if self.compute_metrics is not None:  # what it gives is seen at the first evaluation
-            return
-        if self.args.metric_for_best_model and self._eval_tables and _best_key(self.args) not in known:
-            raise ValueError(
-                f"metric_for_best_model={self.args.metric_for_best_model!r} is not what evaluation gives: one of "
-                f"{', '.join(name.removeprefix('eval_') for name in known)}"
-            )
-
-    def _note_best(self, metrics: Mapping[str, float]) -> None:
-        args, state = self.args, self.state
-        key = _best_key(args)
-        if args.metric_for_best_model is None or key not in metrics:  # evaluate() may have been given other rows
-            return
-        value, best = metrics[key], state.best_metric
-        better = best is None or (value > best if args.greater_is_better else value < best)
-        if better:
-            state.best_metric, state.best_global_step = value, state.global_step
-        if args.save_strategy == SaveStrategy.BEST:
-            self.control.should_save = better
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds a row, with what `store_metrics` was given, to the history and hands it to the callbacks. `start_time`,
@@ -601,32 +558,6 @@ class DPOTrainer(Surface):
         """
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
         self.accelerator.gradient_accumulation_steps = 1  # which the environment may have set: losses are divided here
-
-
-def _keep_rows(
-    batches: Share,
-    found: Mapping[bytes, Tensor],  # (3,) a row: rewards of chosen and rejected, loss
-    first: int,  # the number of the batch's first row in the table
-    rows: list[Tensor] | None,
-    predictions: Predictions | None,
-) -> None:
-    """Hands what was found of a batch to whoever asks for it, by row."""
-    if rows is None and predictions is None:
-        return
-    places = [place for _, place in batches.places]
-    values = [found[key] for key, _ in batches.places]
-    own = torch.stack(values) if values else torch.empty(0, 3)
-    if rows is not None:
-        numbers = torch.tensor(places, dtype=torch.float64, device=own.device) + first
-        rows.append(torch.cat([numbers[:, None], own.double()], 1))
-    if predictions is not None:
-        pairs = {key: pair for batch in batches for key, pair in zip(batch.keys, pairs_of(batch), strict=True)}
-        predictions.add([pairs[key] for key, _ in batches.places], places, own[:, 2])
-
-
-def _best_key(args: DPOConfig) -> str:
-    name = str(args.metric_for_best_model)
-    return name if name.startswith("eval_") else f"eval_{name}"
 
 
 @dataclass(frozen=True)

@@ -66,12 +66,14 @@ _WORKS = {
     "log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
     "trackio_static_space_id",
     "saving": "output_dir overwrite_output_dir save_strategy save_steps save_total_limit save_on_each_node "
-    "save_only_model push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision",
+    "save_only_model resume_from_checkpoint push_to_hub hub_model_id hub_strategy hub_token hub_private_repo "
+    "hub_always_push hub_revision",
     "read by your own script": "do_train do_eval do_predict",
 }
 
 # What these ask for is always so, whatever their value: understood by name, kept nowhere.
 _ALWAYS = ("padding_free", "auto_find_batch_size", "include_tokens_per_second")
+_ALWAYS += ("restore_callback_states_from_checkpoint", "enable_jit_checkpoint")  # SIGTERM saves
 
 # Old name -> (its value that changes nothing, the present name, old value -> present value or None: the value stays).
 _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
@@ -93,13 +95,12 @@ _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
 _NOT_YET = {
     ("sharding a model over processes", "let each hold the whole model"): "fsdp fsdp_config fsdp_min_num_params "
     "fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config accelerator_config",
-    ("resuming", "start again from the saved model"): "resume_from_checkpoint ignore_data_skip "
-    "restore_callback_states_from_checkpoint enable_jit_checkpoint",
     ("memory reports", "read the GPU's own counters"): "skip_memory_metrics",
 }
 
 # Option -> (why not, what instead). Every value but the default raises.
 _REFUSED = {
+    "ignore_data_skip": ("a resumed run goes on with the rows that are left of its epoch", "leave it out"),
     "optim_target_modules": ("it belongs to optimizers like GaLore, which are refused", "take optim='adamw_8bit'"),
     "ddp_bucket_cap_mb": ("gradients are summed once they are all there", "leave it out"),
     "ddp_static_graph": ("gradients are summed once they are all there", "leave it out"),

@@ -216,6 +216,23 @@ def remembered(out: Path, count: int) -> dict[str, Any]:
     return summary(trainer, passes=passes)
 
 
+RESUMED: dict[str, Any] = {"lora": True, "loss_type": "bco_pair", "sync_ref_model": True, "ref_model_sync_steps": 2}
+
+
+def resumed(out: Path, count: int) -> dict[str, Any]:
+    """From amid the second epoch, with the bits of the run that did not stop."""
+    whole = trainer_of(out, count, **RESUMED, save_strategy="steps", save_steps=3)
+    whole.train()
+    again, saved = trainer_of(out / "again", count, **RESUMED), out / "run/checkpoint-3"
+    again.ranks.wait()  # until the first process has written
+    again.train(resume_from_checkpoint=str(saved))
+    first, second = summary(whole), summary(again)
+    assert first["log"] == second["log"] and all(
+        map(torch.equal, first["weights"].values(), second["weights"].values())
+    )
+    return {**second, "checkpoint": str(saved)}
+
+
 def precomputed(out: Path, count: int) -> dict[str, Any]:
     path = out / f"reference-{count}.safetensors"
     more: Any = {"precompute_ref_log_probs": True, "ref_log_probs": str(path)}
@@ -437,6 +454,7 @@ SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
             quantised_weights_that_differ_at_first,
             remembered,
             precomputed,
+            resumed,
             best,
             noisy,
             a_pair_that_never_fits,

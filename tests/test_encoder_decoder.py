@@ -78,7 +78,7 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_forward(name: str) 
 
 def test_a_batch_gives_back_the_pairs_that_it_was_made_of() -> None:
     made = batch.encode_decode(PAIRS, pad_token_id=5, start_token_id=2)
-    assert [TokenPair(*pair) for pair in batch.pairs_of(made)] == PAIRS
+    assert [TokenPair(**pair._asdict()) for pair in batch.pairs_of(made)] == PAIRS
     assert made.input_ids.shape == (4, 20)  # each prompt once
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import draw_no_picture, tiny_llama
-from ranks_program import OUT_OF_MEMORY, SCENARIOS
+from ranks_program import OUT_OF_MEMORY, RESUMED, SCENARIOS, summary, trainer_of
 
 import fastdpo
 from fastdpo.batch import deal
@@ -110,6 +110,14 @@ def test_the_second_epoch_runs_no_reference_though_rows_go_to_other_processes(co
     """13 rows in batches of 12: the last batch leaves processes without a pair."""
     passes = [one for result in found("remembered", count) for one in result["passes"]]
     assert sum(pairs for _, pairs in passes) == 13 and all(epoch < 1 and pairs for epoch, pairs in passes)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_a_run_goes_on_with_another_number_of_processes(count: int, found: Any, tmp_path: Path) -> None:
+    expected = found("resumed", count)[0]
+    again = trainer_of(tmp_path, 1, **RESUMED)
+    again.train(resume_from_checkpoint=expected["checkpoint"])
+    assert_same(summary(again), expected)
 
 
 @pytest.mark.parametrize("count", PROCESSES)

@@ -62,6 +62,8 @@ MAY_IMPORT = {
     "checkpoint": {"reference"},
     "merge": {"config", "model", "quantized"},
     "messages": set(),
+    "interrupts": set(),
+    "resume": {"batch", "config", "data", "metrics", "ranks", "reference", "retry", "step"},
     "hub": {"config"},
     "card": {"config", "losses", "mixture", "model"},
     "mixture": {"rows"},
