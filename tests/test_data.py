@@ -25,13 +25,12 @@ from tokenizers_for_tests import (
 )
 
 from fastdpo.data import (
-    Limits,
     TokenPair,
-    _Encoder,
     row_key,
     tokenize_pairs,
     truncate,
 )
+from fastdpo.encoders import Limits, RowEncoder
 from fastdpo.rows import split_row
 
 
@@ -224,15 +223,15 @@ def test_rows_do_not_depend_on_the_number_of_processes(tokenizer):
 
 
 def test_the_function_that_is_sent_to_processes_pickles(tokenizer):
-    encoder = pickle.loads(pickle.dumps(_Encoder(tokenizer, Limits(), "train", [])))
+    encoder = pickle.loads(pickle.dumps(RowEncoder(tokenizer, Limits(), "train", [])))
     assert encoder({key: [value] for key, value in PLAIN.items()}, [0])["fate"] == [0]
 
 
 def test_a_tokenized_table_is_found_again_but_never_for_another_tokenizer_or_limit(tmp_path, monkeypatch):
     Dataset.from_list([PLAIN, PLAIN]).save_to_disk(tmp_path / "saved")
     calls = []
-    encode = _Encoder.__call__
-    monkeypatch.setattr(_Encoder, "__call__", lambda self, b, i: calls.append(len(i)) or encode(self, b, i))
+    encode = RowEncoder.__call__
+    monkeypatch.setattr(RowEncoder, "__call__", lambda self, b, i: calls.append(len(i)) or encode(self, b, i))
 
     def rows_encoded(tokenizer: Any, **options: Any) -> int:
         calls.clear()
