@@ -128,7 +128,7 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
 def _settle_kind(model: Any, ref_model: Any, config: DPOConfig) -> None:
     """Whether the models are encoder-decoders, into `is_encoder_decoder`."""
     kinds = {
-        name: model_kind(load_model_config(source, config))
+        name: model_kind(load_model_config(source, config, name == "ref_model"))
         if isinstance(source, str)
         else model_kind(base_model(source).config) or "decoder-only"  # a class of somebody's own
         for name, source in (("model", model), ("ref_model", ref_model))
@@ -194,7 +194,8 @@ def _check_reference_options(model: Any, ref_model: Any, config: DPOConfig) -> N
             )
     if config.ref_adapter_name and ref_model is not None:
         raise ValueError("ref_adapter_name and ref_model are two references: leave one out")
-    if config.ref_adapter_name and config.ref_adapter_name == (config.model_adapter_name or there[0]):
+    trained = [config.model_adapter_name] if config.model_adapter_name else getattr(model, "active_adapters", [])
+    if config.ref_adapter_name and config.ref_adapter_name in trained:
         raise ValueError(
             f"ref_adapter_name={config.ref_adapter_name!r} is the adapter that trains: load it a second time under "
             "another name"
@@ -249,7 +250,8 @@ def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> An
         name = model if isinstance(model, str) else base_model(model).config._name_or_path
         if not name:
             raise ValueError(
-                "processing_class is missing and the model was not loaded from a place that has a tokenizer: give one"
+                "processing_class is missing and the model was not loaded from a place that has a "
+                f"{'processor' if sees_images else 'tokenizer'}: give one"
             )
         options = {"revision": config.model_revision} if isinstance(model, str) else {}
         source = AutoProcessor if sees_images else AutoTokenizer
@@ -258,6 +260,11 @@ def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> An
         except ImportError as error:
             error.add_note("fastdpo: for rows of text alone give the model's tokenizer as processing_class")
             raise
+        except (OSError, ValueError) as error:
+            what = "processor" if sees_images else "tokenizer"
+            raise ValueError(
+                f"processing_class is missing, and no {what} loads from {name} ({error}): give it as processing_class"
+            ) from error
     tokenizer = text_part(processing_class)
     if tokenizer is not processing_class and not sees_images:
         raise ValueError(
@@ -288,6 +295,11 @@ def build_train_table(source: Any, tokenizer: Any, config: DPOConfig) -> Table:
     weights, split, tables = config.train_dataset_weights, config.dataset_train_split, {}
     for name, part in training_sets(source, weights).items():
         tables[name] = build_table(part, tokenizer, config, f"train_{name}" if name else "train", split)
+        if config.neftune_noise_alpha and isinstance(tables[name], IterableDataset):
+            raise ValueError(
+                "neftune_noise_alpha draws noise by row, and the rows of a stream have no names: load the dataset, or "
+                "leave the option out"
+            )
     if len(tables) == 1:
         return next(iter(tables.values()))
     return mixed(tables, weights, config.seed if config.data_seed is None else config.data_seed)
@@ -300,7 +312,8 @@ def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig, prefix: st
         wants += [name for name in ("load_best_model_at_end", "generate_during_eval") if getattr(config, name)]
         if wants:
             raise ValueError(
-                f"{' and '.join(wants)} need an eval_dataset, and there is none: give one, or leave them out"
+                f"{' and '.join(wants)} need{'s' if len(wants) == 1 else ''} an eval_dataset, and there is none: give "
+                f"one, or leave {'it' if len(wants) == 1 else 'them'} out"
             )
         return {}
     several = several_sets(source)
@@ -404,7 +417,12 @@ def build_reference(
     if not needs_reference(config):
         return NoReference()
     probe, synced = probe_batch(policy, layout), config.sync_ref_model
-    return find_reference(policy, ref_policy, probe, config.ld_alpha, config.ref_adapter_name, synced)
+    reference = find_reference(policy, ref_policy, probe, config.ld_alpha, config.ref_adapter_name, synced)
+    if synced:
+        share, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps
+        mixed_factors = ", the adapters' factors mixed" if reference.adapters and share < 1 else ""
+        reference.description += f"; it follows the policy, by {share:g} every {steps} steps{mixed_factors}"
+    return reference
 
 
 def probe_batch(policy: Policy, layout: Layout) -> PreferenceBatch:
@@ -490,7 +508,7 @@ def compute_reference(
     tables["train"] = build_train_table(train_dataset, tokenizer, config)
     source = model if ref_model is None else ref_model
     frozen = config.use_peft or ref_model is not None
-    loaded: Any = load_model(source, config, adapters=frozen)
+    loaded: Any = load_model(source, config, adapters=frozen, is_reference=ref_model is not None)
     if not frozen:
         loaded.float()  # as what trains in full is
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)

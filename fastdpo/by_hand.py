@@ -4,15 +4,18 @@ The run itself calls none of these. A batch is what the loaders give (a Preferen
 batch), or a padded dict in TRL's form, of 0.11 or 1.16 (see `collator.py`); numbers do not depend on which. Names and
 returns are TRL 0.11's, as 1.16 has dropped them, but for `compute_loss` and `prediction_step`, which both have.
 
-Nothing is changed: no metric joins the log, no running mean moves. With several processes each has its own batch.
+Dropout is that of training: off, unless `disable_dropout` is False. Nothing is changed: no metric joins the log, no
+running mean moves. With several processes each has its own batch.
 
 Legend: P pairs, R = 2P rows, chosen ones first, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, row_key, row_pair
 from fastdpo.layout import Layout
 from fastdpo.metrics import MetricSums
-from fastdpo.model import Policy
+from fastdpo.model import Policy, evaluation_mode, without_dropout
 from fastdpo.predictions import model_logits
 from fastdpo.ranks import Ranks
 from fastdpo.reference import NoReference, Reference
@@ -32,6 +35,16 @@ from fastdpo.step import MeanReward, PreferenceStep
 from fastdpo_kernels.pair_loss import PairwiseLoss
 
 IGNORED_LABEL = -100
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _with_dropout_of_training(method: _Method) -> _Method:
+    @functools.wraps(method)
+    def called(self: ByHand, *args: Any, **kwargs: Any) -> Any:
+        with without_dropout(self.policy) if self.args.disable_dropout else nullcontext():
+            return method(self, *args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 class ByHand:
@@ -45,6 +58,7 @@ class ByHand:
     layout: Layout
     processing_class: Any
 
+    @_with_dropout_of_training
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -58,27 +72,30 @@ class ByHand:
             logits = model_logits(self._policy_of(model), self._rows_of(inputs))
         return loss, ModelOutput({**metrics, "logits": logits})
 
+    @_with_dropout_of_training
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """-> loss, logits (R, T, V) and labels (R, T), the token ids; the last two None with `prediction_loss_only`.
-        `ignore_keys` changes nothing: no other output is given.
+        """-> loss, logits (R, T, V) and labels (R, T), the token ids; the last two None with `prediction_loss_only`. In
+        evaluation mode. `ignore_keys` changes nothing: no other output is given.
         """
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(self._policy_of(model)):
             loss, _ = self.get_batch_loss_metrics(model, inputs, "eval")
             if prediction_loss_only:
                 return loss, None, None
             rows = self._rows_of(inputs)
             return loss, model_logits(self._policy_of(model), rows), rows["input_ids"]
 
+    @_with_dropout_of_training
     def get_batch_loss_metrics(self, model: Any, batch: Any, train_eval: str = "train") -> tuple[Tensor, dict]:
         """-> the loss of a batch with a gradient, and its metrics as 0-dim tensors on the CPU, under "eval_" names for
         train_eval="eval".
         """
         policy = self._policy_of(model)
         chosen = self.loss, self.mean_reward, False, Ranks(), self.policy.router_coef
-        parts, sums = [], MetricSums(bool(self.policy.router_coef))
-        for loss, _, summed in PreferenceStep(policy, self.reference, *chosen)(self._whole(batch)):
+        step = PreferenceStep(policy, self.reference, *chosen)
+        parts, sums = [], MetricSums(bool(step.router_coef), step.scores_chosen)
+        for loss, _, summed in step(self._whole(batch)):
             parts.append(loss)
             sums.add(summed)
         metrics, _ = sums.read(Ranks())
@@ -86,6 +103,7 @@ class ByHand:
         prefix = "eval_" if train_eval == "eval" else ""
         return torch.stack(parts).sum(), {f"{prefix}{name}": torch.tensor(value) for name, value in metrics.items()}
 
+    @_with_dropout_of_training
     def compute_ref_log_probs(self, batch: Any) -> tuple[Tensor, Tensor]:
         """-> (P,), (P,) fp64: summed reference log-probs of the chosen and of the rejected responses."""
         found = []
@@ -105,6 +123,7 @@ class ByHand:
         rows = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"], "labels": labels}
         return {f"concatenated_{name}": values for name, values in rows.items()}
 
+    @_with_dropout_of_training
     def concatenated_forward(self, model: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """-> (P,) log-probs of the chosen and of the rejected responses as `dpo_loss` takes them, (P, T, V) logits of
         both, and the cross-entropy of the chosen tokens: from logits of the model's own forward, with a gradient.

@@ -43,6 +43,10 @@ class Run:
     dataset_names: Sequence[str] = ()  # on the Hub
     tags: Sequence[str] = field(default=TAGS)
     model_name: str | None = None
+    finetuned_from: str | None = None  # in place of the name that the model has
+    language: str | list[str] | None = None
+    license: str | None = None
+    data: str = ""  # in words
 
     @property
     def name(self) -> str:
@@ -51,7 +55,7 @@ class Run:
     @property
     def base_name(self) -> str | None:
         """Of the model that training started from, where it has one on the Hub."""
-        name = base_model(self.policy.model).config._name_or_path
+        name = self.finetuned_from or base_model(self.policy.model).config._name_or_path
         return name if name and is_hub_name(name) else None
 
 
@@ -70,6 +74,8 @@ def model_card(run: Run) -> str:
     front = ModelCardData(
         base_model=run.base_name,
         datasets=list(run.dataset_names) or None,
+        language=run.language,
+        license=run.license,
         library_name="peft" if adapters else "transformers",
         model_name=run.name,
         tags=list(dict.fromkeys([*TAGS, *run.tags])),
@@ -115,6 +121,8 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
     yield "method", "preference pairs, " + " + ".join(_losses(config))
     yield "beta", f"{config.beta:g}"
     yield "reference", run.reference
+    if run.data:
+        yield "data", run.data
     yield "pairs", f"{run.pairs:,}" if run.pairs is not None else "a stream"
     yield (
         "steps",

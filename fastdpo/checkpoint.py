@@ -17,36 +17,80 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel, TrainerState
 
+from fastdpo.model import OUTSIDE, unsaved_by_peft
 from fastdpo.reference import FROZEN_ADAPTER
 
 logger = logging.getLogger(__name__)
 
 FILES = "files.json"  # of a checkpoint: name -> size and checksum
 STATE = "trainer_state.json"
+TRAINED = "trained.safetensors"  # what trains, by parameter name and in its own dtype
 
 
 def save_model(model: PreTrainedModel | PeftModel, processing_class: Any, directory: Path) -> None:
-    """Weights (only the adapters of a PeftModel) and tokenizer; a frozen reference adapter stays behind."""
+    """Weights (only the adapters of a PeftModel, and beside them what trains outside of them) and tokenizer; a frozen
+    reference adapter stays behind.
+    """
     options: dict[str, Any] = {}
     if isinstance(model, PeftModel):
         options["selected_adapters"] = [name for name in model.peft_config if name != FROZEN_ADAPTER]
     model.save_pretrained(str(directory), **options)
+    outside = unsaved_by_peft(model) if isinstance(model, PeftModel) else {}
+    (directory / OUTSIDE).unlink(missing_ok=True)  # of an earlier run
+    if outside:
+        save_file({name: parameter.detach().contiguous() for name, parameter in outside.items()}, directory / OUTSIDE)
     if processing_class is not None:
         processing_class.save_pretrained(str(directory))
 
 
 def load_weights(model: PreTrainedModel | PeftModel, directory: Path) -> None:
-    """Puts the weights that `save_model` wrote back into the model they came from."""
+    """Puts the weights of a checkpoint back into the model they came from."""
+    if (directory / TRAINED).exists():
+        load_trained(model, directory)
+        return
     if isinstance(model, PeftModel):
         active = model.active_adapters[0]
         where = directory if active == "default" else directory / active  # where peft writes an adapter of that name
         set_peft_model_state_dict(model, load_peft_weights(str(where)), adapter_name=active)
+        load_outside(model, directory)
         return
     saved = type(model).from_pretrained(str(directory), dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
+
+
+def load_outside(model: PeftModel, directory: Path) -> None:
+    """What `save_model` wrote of weights outside of adapters, if anything."""
+    if (directory / OUTSIDE).exists():
+        model.load_state_dict(load_file(directory / OUTSIDE), strict=False)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(model: nn.Module, directory: Path) -> None:
+    tensors = {name: parameter.detach().contiguous() for name, parameter in trained_parameters(model).items()}
+    save_file(tensors, str(directory / TRAINED))
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, directory: Path) -> None:
+    """Raises ValueError where other parameters train."""
+    saved, ours = load_file(str(directory / TRAINED)), trained_parameters(model)
+    wrong = sorted(saved.keys() ^ ours.keys()) or [n for n, p in ours.items() if p.shape != saved[n].shape]
+    if wrong:
+        raise ValueError(
+            f"{directory} is of another model, or of other adapters: {wrong[0]} does not train in both, or has "
+            "another shape. Resume with the model and the options that the run began with"
+        )
+    for name, parameter in ours.items():
+        parameter.copy_(saved[name])
 
 
 @contextmanager
@@ -54,6 +98,7 @@ def written_whole(directory: Path) -> Iterator[Path]:
     """A folder to write into, which takes the name `directory` once all in it is on disk; on an error it goes, and what
     was there before stays.
     """
+    recover(directory.parent)
     draft, old = (directory.with_name(f".{directory.name}.{word}") for word in ("writing", "old"))
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -75,6 +120,15 @@ def written_whole(directory: Path) -> Iterator[Path]:
     draft.rename(directory)
     _to_disk(directory.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(output_dir: Path) -> None:
+    """Gives what was whole its name back, where a run was killed between taking the old away and the new's naming."""
+    for word in ("writing", "old"):  # the new one, if all of it is on disk
+        for left in output_dir.glob(f".checkpoint-*.{word}"):
+            directory = output_dir / left.name.removeprefix(".").removesuffix(f".{word}")
+            if not directory.exists() and not damage(left):
+                left.rename(directory)
 
 
 def _checksum(path: Path) -> int:
@@ -120,6 +174,7 @@ def find(resume_from: str | bool, output_dir: Path) -> Path:
         if reason := damage(Path(resume_from)):
             raise ValueError(f"resume_from_checkpoint={resume_from!r} is no whole checkpoint: {reason}")
         return Path(resume_from)
+    recover(output_dir)
     for directory in reversed(checkpoints(output_dir)):
         if not (reason := damage(directory)):
             return directory
@@ -134,8 +189,8 @@ def remove_old(output_dir: Path, newest: Path, state: TrainerState, limit: int |
     """The oldest checkpoints beyond `limit`, but never the newest and the best one."""
     if limit:
         best = state.best_model_checkpoint
-        kept = {newest} | ({Path(best)} if best else set())
-        others = [path for path in checkpoints(output_dir) if path not in kept]
+        kept = {newest.resolve()} | ({Path(best).resolve()} if best else set())
+        others = [path for path in checkpoints(output_dir) if path.resolve() not in kept and not path.is_symlink()]
         for old in others[: max(0, len(others) + len(kept) - limit)]:
             shutil.rmtree(old)
 

@@ -189,7 +189,7 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
         config,
         memory=device.memory_bytes,
         device=device,
-        ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config),
+        ref_config=None if inputs.ref_model is None else load_model_config(inputs.ref_model, config, True),
         tables=tables,
     )
     if not here:

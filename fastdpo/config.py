@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastdpo.verdicts import (
     CHECKPOINT_KWARGS,
@@ -48,7 +49,8 @@ _LISTS += ("lora_target_parameters", "lora_modules_to_save")
 _DICTS = ("model_init_kwargs", "rope_scaling", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
 _DICTS += ("activation_checkpointing_kwargs", "quantization_config", "ref_model_init_kwargs")
 # Of model_init_kwargs: arguments of from_pretrained -> the options that they are
-_LOADING = {name: name for name in ("trust_remote_code", "attn_implementation")} | {"revision": "model_revision"}
+_LOADING = {name: name for name in ("trust_remote_code", "attn_implementation", "rope_scaling")}
+_LOADING |= {"revision": "model_revision"}
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a dict"}
 
 
@@ -148,7 +150,8 @@ class DPOConfig(TrainingArguments):
 
     # Data
     train_dataset_weights: list[float] | None = _option(
-        None, "Weight of each of several training sets; unset: all of their rows once an epoch."
+        None,
+        "Weight of each of several training sets, or a dict by their names; unset: all rows once an epoch.",
     )
     dataset_train_split: str = _option("train", "Split to train on.")
     dataset_test_split: str = _option("test", "Split to evaluate on.")
@@ -278,17 +281,21 @@ class DPOConfig(TrainingArguments):
             setattr(self, name, _dict_of(name, getattr(self, name)))
         if self.resume_from_checkpoint is True:
             self.resume_from_checkpoint = "true"
+        if str(self.resume_from_checkpoint).lower() == "false":  # a shell gives the word
+            self.resume_from_checkpoint = None
         for name in ("output_dir", "logging_dir", "ref_log_probs", "resume_from_checkpoint"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
         self._join_quantization()
         self._join_loading()
+        self._read_accelerator_config()
         if isinstance(self.dtype, torch.dtype):
             self.dtype = str(self.dtype).removeprefix("torch.")
         self.f_divergence_type = getattr(self.f_divergence_type, "value", self.f_divergence_type)  # TRL 0.11's enum
         self.report_to = [] if self.report_to in (None, "none", ["none"]) else self.report_to
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         self._join_checkpointing()
+        self._join_launched_precision()
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and _gpu_has_bf16()
         if self.bf16 and not torch.accelerator.is_available():
@@ -307,6 +314,19 @@ class DPOConfig(TrainingArguments):
         if hasattr(self.quantization_config, "to_dict"):
             self.quantization_config = self.quantization_config.to_dict()  # type: ignore[union-attr]
 
+    def _read_accelerator_config(self) -> None:
+        """In whichever form transformers takes it, to compare with its defaults, which it writes into JSON."""
+        given: Any = self.accelerator_config
+        if isinstance(given, (str, Path)) and Path(given).is_file():
+            given = Path(given).read_text(encoding="utf-8")
+        if isinstance(given, str) and given.lstrip().startswith("{"):
+            given = _dict_of("accelerator_config", given)
+        if isinstance(given, dict):
+            known = [option.name for option in dataclasses.fields(AcceleratorConfig)]
+            if unknown := [name for name in given if name not in known]:
+                raise ValueError(f"accelerator_config has an unknown {unknown[0]!r}{nearest(unknown[0], known)}")
+            self.accelerator_config = AcceleratorConfig(**given)  # type: ignore[assignment]
+
     def _join_loading(self) -> None:
         """What model_init_kwargs says of options that have a field goes there, for the tokenizer heeds them, too; and
         dtype has one name, as from_pretrained would ignore the old one beside it.
@@ -321,6 +341,20 @@ class DPOConfig(TrainingArguments):
             if value not in (None, field) and field != _defaults(DPOConfig)[option]:
                 raise ValueError(f"{option}={field!r}, and model_init_kwargs has {name}={value!r}: give one of them.")
             setattr(self, option, field if value is None else value)
+
+    def _join_launched_precision(self) -> None:
+        """What `accelerate launch --mixed_precision` says, where no option does; "no" is also its default."""
+        launched = _launched_precision()
+        if launched == "no":
+            return
+        asked = launched == "bf16", launched == "fp16"
+        if self.bf16 is None and not self.fp16:
+            self.bf16, self.fp16 = asked
+        if (bool(self.bf16), self.fp16) != asked or not any(asked):
+            raise ValueError(
+                f"accelerate was launched with mixed_precision={launched!r}, and the options are bf16={self.bf16}, "
+                f"fp16={self.fp16}: launch it with bf16, fp16 or no, and leave the options out, or give the same."
+            )
 
     @property
     def quantizes(self) -> bool:
@@ -353,6 +387,7 @@ class DPOConfig(TrainingArguments):
         self._check_ranges()
         self._check_losses()
         self._check_reference()
+        self._check_schedule()
         self._check_combinations()
 
     def _check_supported(self) -> None:
@@ -368,6 +403,8 @@ class DPOConfig(TrainingArguments):
             value = getattr(self, name)
             if name == "loss_type" and isinstance(value, list):
                 value = [given for given in value if not callable(given)]
+            if name == "train_dataset_weights" and isinstance(value, dict):  # by the names of the datasets
+                value = list(value.values())
             if not _fits(value, hint):
                 raise ValueError(f"{name} must be {_in_words(hint)}, got {value!r} ({type(value).__name__}).")
             finite = [] if name == "max_grad_norm" else value if isinstance(value, list) else [value]
@@ -401,6 +438,11 @@ class DPOConfig(TrainingArguments):
         if not self.loss_type:
             raise ValueError(f"loss_type is empty; give one of {', '.join(LOSSES)}.")
         for given in self.loss_type:
+            if given == "kto_pair":
+                raise ValueError(
+                    "loss_type='kto_pair' is KTO on pairs, which TRL's DPO dropped as well: take bco_pair, the nearest "
+                    "here, or TRL's KTOTrainer."
+                )
             if not callable(given) and given not in LOSSES:
                 raise ValueError(f"unknown loss {given!r}, there are {', '.join(LOSSES)}{nearest(given, LOSSES)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
@@ -432,7 +474,24 @@ class DPOConfig(TrainingArguments):
             )
         for name in ("ref_model_mixup_alpha", "ref_model_sync_steps"):
             if not self.sync_ref_model and getattr(self, name) != _defaults(DPOConfig)[name]:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without sync_ref_model=True: set that.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without sync_ref_model=True: set that, or leave it "
+                    "out."
+                )
+
+    def _check_schedule(self) -> None:
+        """That the schedule takes its arguments, by making one of an optimizer that is never stepped."""
+        optimizer = torch.optim.SGD([torch.zeros(())], lr=1.0)
+        name, given = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type), self.lr_scheduler_kwargs
+        steps = {"num_warmup_steps": 0, "num_training_steps": 1000}
+        if given and name.startswith("constant"):  # get_scheduler drops them
+            raise ValueError(f"lr_scheduler_kwargs={given} has no effect on lr_scheduler_type={name!r}: leave it out.")
+        try:
+            get_scheduler(name, optimizer, **steps, scheduler_specific_kwargs=dict(given or {}))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_kwargs={given} does not go with lr_scheduler_type={name!r}: {error}."
+            ) from error
 
     def _check_combinations(self) -> None:
         if self.max_length is not None and (self.max_prompt_length or 0) >= self.max_length:
@@ -442,10 +501,14 @@ class DPOConfig(TrainingArguments):
             )
         if not (self.use_peft or self.quantizes):
             for name in self.given_lora_options():
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without adapters: set use_peft=True.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without adapters: set use_peft=True, or leave "
+                    "it out."
+                )
         self._check_quantization()
-        if self.train_dataset_weights and min(self.train_dataset_weights) <= 0:
-            raise ValueError(f"train_dataset_weights must be above 0, got {self.train_dataset_weights}.")
+        weights: Any = self.train_dataset_weights
+        if weights and min(weights.values() if isinstance(weights, dict) else weights) <= 0:
+            raise ValueError(f"train_dataset_weights must be above 0, got {weights}.")
         if self.lora_dropout and self.disable_dropout:
             raise ValueError(
                 f"lora_dropout={self.lora_dropout!r} needs disable_dropout=False, which trains with dropout."
@@ -470,12 +533,18 @@ class DPOConfig(TrainingArguments):
             raise ValueError("memory='auto' plans for an NVIDIA GPU, and there is none: leave it out.")
         for name in ("dataloader_multiprocessing_context", "dataloader_in_order"):
             if getattr(self, name) != _defaults(DPOConfig)[name] and not self.dataloader_num_workers:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without dataloader_num_workers: set it")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without dataloader_num_workers: set that, or leave "
+                    "it out."
+                )
         if not self.dataloader_in_order and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("dataloader_in_order=False would give each process other rows: leave it out.")
         compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if getattr(self, name)]
         if compiles and not self.torch_compile:
-            raise ValueError(f"{compiles[0]}={getattr(self, compiles[0])!r} has no effect without torch_compile=True.")
+            raise ValueError(
+                f"{compiles[0]}={getattr(self, compiles[0])!r} has no effect without torch_compile=True: set that, or "
+                "leave it out."
+            )
         if self.fused_kernels and self.torch_compile:
             raise ValueError(
                 "fused_kernels=True and torch_compile=True exclude each other: the compiler takes the model's own "
@@ -542,7 +611,10 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"{' and '.join(ways)} exclude each other: give one of them.")
         for name in ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"):
             if not self.load_in_4bit and getattr(self, name) != _defaults(DPOConfig)[name]:
-                raise ValueError(f"{name}={getattr(self, name)!r} has no effect without load_in_4bit=True: set it.")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without load_in_4bit=True: set that, or leave it "
+                    "out."
+                )
         given = self.quantization_config
         if isinstance(given, dict) and given and not (given.get("load_in_4bit") or given.get("load_in_8bit")):
             raise ValueError(
@@ -614,6 +686,12 @@ class DPOConfig(TrainingArguments):
             lines.append("truncation_mode='keep_end' keeps the end of a prompt that is too long (TRL 1.16: keep_start)")
         if not self.gradient_checkpointing:
             lines.append("gradient_checkpointing is off (TRL 1.16: on)")
+        share, steps = self.ref_model_mixup_alpha, self.ref_model_sync_steps
+        defaults = _defaults(DPOConfig)
+        if self.sync_ref_model and (
+            share == defaults["ref_model_mixup_alpha"] or steps == defaults["ref_model_sync_steps"]
+        ):
+            lines.append(f"ref_model_mixup_alpha={share:g} every {steps} steps (TRL 1.16: 0.6, 512)")
         return lines
 
     @classmethod
@@ -621,7 +699,10 @@ class DPOConfig(TrainingArguments):
         """The config of a run: a DPOConfig as it is, or TRL's or transformers' arguments with each value as given."""
         if not isinstance(arguments, TrainingArguments):
             kind = type(arguments).__name__
-            raise ValueError(f"args is a {kind}; give a DPOConfig, TRL's DPOConfig or transformers' TrainingArguments.")
+            beta = f"; 0.11's third argument, beta, is a keyword: beta={arguments}" if _fits(arguments, float) else ""
+            raise ValueError(
+                f"args is a {kind}, expected a DPOConfig, TRL's DPOConfig or transformers' TrainingArguments{beta}."
+            )
         config = arguments if isinstance(arguments, cls) else cls(**_given_options(arguments, _defaults(cls)))
         for line in config.differences_from_trl():
             logger.info(line)
@@ -636,6 +717,8 @@ def _given_options(arguments: TrainingArguments, ours: Mapping[str, Any]) -> dic
         works = name in ours and VERDICTS[name].kind == "works"
         if works or not changes_nothing(value, default):
             options[name] = value
+    if not (options["bf16"] or options["fp16"]) and _launched_precision() != "no":
+        options["bf16"] = None  # False is the default there
     if not options.get("sync_ref_model"):
         options = {name: value for name, value in options.items() if not name.startswith("ref_model_")}
     # TRL 1.16's alpha, told by its default of 0.5, counts from the other end
@@ -656,6 +739,10 @@ def _dict_of(name: str, value: Any) -> Any:
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a dict or its JSON, got {value!r}.")
     return parsed
+
+
+def _launched_precision() -> str:
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 
 def _gpu_has_bf16() -> bool:

@@ -71,6 +71,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 IMAGE_ROWS = 16  # tokenized at a time where rows may have images, so that few of these are in memory
+# What tables of TRL's trainers have where the reference's log-probs were computed ahead, 1.16's names and older ones
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
 SHOWN_CHARACTERS = 400  # of each part of the example row
 
 
@@ -175,6 +177,12 @@ def tokenize_pairs(
     if first is None:
         raise ValueError(f"The {name} dataset is empty: it has no rows.")
     columns = rows.column_names or list(first)  # a generator's are known by its first row only
+    if known := [column for column in columns if column in REFERENCE_COLUMNS]:
+        logger.info(
+            "%s: %s not used; precompute_ref_log_probs=True computes and keeps the reference's log-probs, by row",
+            name,
+            " and ".join(known) + (" is" if len(known) == 1 else " are"),
+        )
     processing = Processing(processing_class) if isinstance(processing_class, ProcessorMixin) else None
     if unpaired := is_unpaired(columns):
         check_unpaired(columns, config, name)

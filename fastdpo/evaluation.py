@@ -28,6 +28,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.generate import Sampler
 from fastdpo.loader import eval_loader
 from fastdpo.metrics import MetricSums
+from fastdpo.model import evaluation_mode
 from fastdpo.optimizer import STEPPED_BY_EVALUATION
 from fastdpo.predictions import Predictions
 from fastdpo.ranks import Ranks
@@ -57,12 +58,15 @@ class Evaluation(ByHand):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, Any]:
         """Metrics of the evaluation sets, of one of them by its name, or of another dataset; logged, and returned under
-        "eval_..." names. `ignore_keys` changes nothing: of the model's outputs logits alone are kept, if any.
+        "eval_..." names, or those of another prefix. The trainer's own sets under "eval" decide what is best and step
+        the schedule. `ignore_keys` changes nothing: of the model's outputs logits alone are kept, if any.
         """
-        tables = self._eval_tables
-        if isinstance(eval_dataset, str) and f"eval_{eval_dataset}" in tables:
-            tables = {f"{metric_key_prefix}_{eval_dataset}": tables[f"eval_{eval_dataset}"]}
+        tables = {metric_key_prefix + name.removeprefix("eval"): table for name, table in self._eval_tables.items()}
+        named, best, own = f"{metric_key_prefix}_{eval_dataset}", _best_key(self.args), True
+        if isinstance(eval_dataset, str) and named in tables:
+            tables = {named: tables[named]}
         elif eval_dataset is not None:
+            own = False
             tables = build.build_eval_tables(eval_dataset, self.processing_class, self.args, metric_key_prefix)
             tables = build.check_fit(self.policy, None, tables, self.processing_class, self.args)
         if not tables:
@@ -72,7 +76,8 @@ class Evaluation(ByHand):
             for name, table in tables.items():
                 metrics |= self._evaluate_table(name, table)
         self.log(metrics)
-        if tables is self._eval_tables and self.args.metric_for_best_model and _best_key(self.args) not in metrics:
+        every = eval_dataset is None and metric_key_prefix == "eval"
+        if every and self.args.metric_for_best_model and best not in metrics:
             raise ValueError(
                 f"metric_for_best_model={self.args.metric_for_best_model!r} is neither what evaluation nor what "
                 f"compute_metrics gives: one of {', '.join(name.removeprefix('eval_') for name in metrics)}"
@@ -81,9 +86,10 @@ class Evaluation(ByHand):
             for name, table in tables.items():
                 self.sampler.show(name, table, self.state, self.callback_handler.callbacks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._note_best(metrics)
-        if self.lr_scheduler is not None and self.args.lr_scheduler_type in STEPPED_BY_EVALUATION:
-            self.lr_scheduler.step(metrics[_best_key(self.args)])
+        if own and best in metrics:
+            self._note_best(metrics[best])
+            if self.lr_scheduler is not None and self.args.lr_scheduler_type in STEPPED_BY_EVALUATION:
+                self.lr_scheduler.step(metrics[best])
         return metrics
 
     def _evaluate_table(self, name: str, table: build.Table, rows: list[Tensor] | None = None) -> dict[str, Any]:
@@ -104,9 +110,7 @@ class Evaluation(ByHand):
         """
         started = time.time()
         step, pairs, count = self._preference_step(training=False), 0, 0
-        sums, found = MetricSums(bool(step.router_coef)), {}
-        training = self.policy.training
-        self.policy.eval()
+        sums, found = MetricSums(bool(step.router_coef), step.scores_chosen), {}
         handler: Any = self.callback_handler
         handler.eval_dataloader = loader
 
@@ -122,16 +126,13 @@ class Evaluation(ByHand):
             sums, found = window, by_key  # counted once all of the batch is through
             pairs += whole.num_pairs
 
-        try:
-            with torch.no_grad():
-                for batches in loader:
-                    self._retry(add, batches, loader)
-                    first, count = count * (loader.batch_size or 0), count + 1
-                    _keep_rows(batches, found, first, rows, predictions)
-                    self.control = handler.on_prediction_step(self.args, self.state, self.control)
-                theirs = {} if predictions is None else predictions.result()
-        finally:
-            self.policy.train(training)
+        with torch.no_grad(), evaluation_mode(self.policy):
+            for batches in loader:
+                self._retry(add, batches, loader)
+                first, count = count * (loader.batch_size or 0), count + 1
+                _keep_rows(batches, found, first, rows, predictions)
+                self.control = handler.on_prediction_step(self.args, self.state, self.control)
+            theirs = {} if predictions is None else predictions.result()
         if sums.sums is None:
             raise ValueError(f"the evaluation set {name} gave no row")
         metrics, _ = sums.read(self.ranks)
@@ -145,7 +146,9 @@ class Evaluation(ByHand):
         return Predictions(self.policy, self.args, self.ranks, self.layout.pad_token_id, *hooks)
 
     def _check_best_metric(self) -> None:
-        known = [f"{name}_{metric}" for name in self._eval_tables for metric in PAIR_METRICS + TOKEN_METRICS]
+        metrics = [*PAIR_METRICS, *TOKEN_METRICS]
+        metrics += ["nll_loss"] if self._preference_step(training=False).scores_chosen else []
+        known = [f"{name}_{metric}" for name in self._eval_tables for metric in metrics]
         if self.compute_metrics is not None:  # what it gives is seen at the first evaluation
             return
         if self.args.metric_for_best_model and self._eval_tables and _best_key(self.args) not in known:
@@ -154,12 +157,9 @@ class Evaluation(ByHand):
                 f"{', '.join(name.removeprefix('eval_') for name in known)}"
             )
 
-    def _note_best(self, metrics: Mapping[str, float]) -> None:
+    def _note_best(self, value: float) -> None:
         args, state = self.args, self.state
-        key = _best_key(args)
-        if args.metric_for_best_model is None or key not in metrics:  # evaluate() may have been given other rows
-            return
-        value, best = metrics[key], state.best_metric
+        best = state.best_metric
         better = best is None or (value > best if args.greater_is_better else value < best)
         if better:
             state.best_metric, state.best_global_step = value, state.global_step

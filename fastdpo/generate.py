@@ -26,9 +26,10 @@ from transformers import TrainerState
 from transformers.integrations import CometCallback, MLflowCallback, TensorBoardCallback, WandbCallback
 
 from fastdpo.batch import PreferenceBatch, pairs_of
+from fastdpo.collator import padded_pairs
 from fastdpo.config import DPOConfig
 from fastdpo.data import pair_of
-from fastdpo.model import Policy, base_model, learned_positions
+from fastdpo.model import Policy, base_model, evaluation_mode, learned_positions
 from fastdpo.reference import NoReference, Reference
 from fastdpo.retry import collect_memory, out_of_memory
 
@@ -127,7 +128,7 @@ class Sampler:
         input_ids, attention_mask = _padded(prompts, self.tokenizer.pad_token_id, left=not config.is_encoder_decoder)
         width = 0 if config.is_encoder_decoder else input_ids.shape[1]
         with ExitStack() as stack:
-            stack.enter_context(_evaluating(policy))
+            stack.enter_context(evaluation_mode(policy))
             if policy.autocast:
                 stack.enter_context(torch.autocast(device.type, policy.autocast))
             if config.torch_compile:  # for batches without a cache
@@ -165,27 +166,24 @@ def _check_text(name: str, table: Table) -> None:
         raise ValueError(f"generate_during_eval=True answers text alone, and {name} has images: leave it out")
 
 
-def prompts_of(batch: Any) -> list[list[int]]:
-    """Of one or several PreferenceBatches, or of a dict of tensors that is padded on either side."""
-    if isinstance(batch, list):
-        return [prompt for one in batch for prompt in prompts_of(one)]
+def prompts_of(batch: Any, label_pad_token_id: int = -100) -> list[list[int]]:
+    """Of one or several PreferenceBatches, or of a dict of tensors that is padded on either side: its prompts, or the
+    pairs of either of TRL's forms.
+    """
+    if isinstance(batch, (list, tuple)):
+        return [prompt for one in batch for prompt in prompts_of(one, label_pad_token_id)]
     if isinstance(batch, PreferenceBatch):
         return [[*pair.prompt, *pair.chosen[: pair.chosen_from]] for pair in pairs_of(batch.to("cpu"))]
     keys = "prompt_input_ids", "prompt_attention_mask"
-    if not isinstance(batch, Mapping) or not set(keys) <= set(batch):
-        raise ValueError(f"the batch is a {type(batch).__name__}, expected a PreferenceBatch or a dict with {keys}")
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"the batch is a {type(batch).__name__}, expected a PreferenceBatch, a dict with {keys}, or one of padded "
+            "rows in TRL's form"
+        )
+    if not set(keys) <= set(batch):
+        return [list(pair.prompt) for pair in padded_pairs(batch, label_pad_token_id)]
     rows = zip(*(batch[key].tolist() for key in keys), strict=True)
     return [[token for token, seen in zip(ids, mask, strict=True) if seen] for ids, mask in rows]
-
-
-@contextmanager
-def _evaluating(policy: Policy) -> Iterator[None]:
-    training = policy.training
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(training)
 
 
 def _padded(prompts: Sequence[Sequence[int]], padding: int, left: bool) -> tuple[Tensor, Tensor]:

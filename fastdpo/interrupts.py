@@ -7,6 +7,7 @@ SIGINT ends the run at once.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -22,16 +23,17 @@ class Interrupts:
     """The signal that came, 0 before."""
 
     def __init__(self) -> None:
-        self.seen = 0
+        self.seen = self.process = 0
 
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Within it signals are noted; in other threads than the main one, Python leaves them as they are."""
-        self.seen = 0
+        self.seen, self.process = 0, os.getpid()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # nohup
+        before = {number: signal.signal(number, self._note) for number in heeded}
         try:
             yield
         finally:
@@ -39,6 +41,10 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.process:  # forked by a callback or a pool: it has no run to save
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if self.seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.seen = number

@@ -149,6 +149,7 @@ def _loader(
         _check_collated(table, config)
     return DataLoader(
         table,  # type: ignore[arg-type]
+        generator=torch.Generator(),  # of the workers' seeds, which would come from the random state of dropout
         batch_size=pairs,
         sampler=sampler,
         collate_fn=collate,
@@ -187,9 +188,13 @@ def length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
 
 def epoch_batches(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Share]:
     """An epoch's batches, whose rows come in another order each time, without the first `done` ones."""
+    loader.generator.manual_seed(epoch)  # type: ignore[union-attr]
     if isinstance(loader.dataset, IterableDataset):
         loader.dataset.set_epoch(epoch)
-        return islice(iter(loader), done, None)
+        batches = iter(loader)
+        for _ in range(done):
+            next(batches, None)
+        return batches
     sampler: Any = loader.sampler
     sampler.epoch, sampler.skipped = epoch, done * (loader.batch_size or 1)
     return iter(loader)

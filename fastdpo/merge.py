@@ -14,6 +14,7 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import AutoProcessor, AutoTokenizer
 
+from fastdpo.checkpoint import load_outside
 from fastdpo.config import DPOConfig
 from fastdpo.model import check_model, load_model, model_kind
 from fastdpo.quantized import quantized_by
@@ -41,6 +42,7 @@ def merge(adapter: str, output_dir: str, model: str | None, config: DPOConfig) -
     if quantized_by(loaded):
         loaded = loaded.dequantize()
     adapted = PeftModel.from_pretrained(loaded, adapter)
+    load_outside(adapted, Path(adapter))
     adapted.merge_and_unload(safe_merge=True).save_pretrained(output_dir)
     tokenizer = adapter if (Path(adapter) / "tokenizer_config.json").exists() else base
     source = AutoProcessor if model_kind(loaded.config) == "vision-language" else AutoTokenizer

@@ -8,6 +8,7 @@ from typing import Any
 
 def show_messages(config: Any = None) -> None:
     """Shows the package's messages unless the program has set up logging of its own; `config.log_level` is heeded."""
+    config = config if hasattr(config, "should_log") else None  # what is none is refused by whoever reads it
     package = logging.getLogger("fastdpo")
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)

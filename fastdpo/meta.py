@@ -42,12 +42,12 @@ def meta_model(model_config: Any, config: DPOConfig, dtype: torch.dtype) -> nn.M
 
 
 def add_meta_adapters(model: Any, peft_config: Any, config: DPOConfig) -> Any:
-    """As `add_adapters`, on a model without weights; `peft_config` stays as it is."""
+    """As `add_adapters`, on a model without weights and in evaluation mode; `peft_config` stays as it is."""
     peft_config = copy.copy(peft_config)
     if hasattr(peft_config, "init_lora_weights"):  # PiSSA and its like decompose weights, which are not there
         peft_config.init_lora_weights = True
     with torch.device("meta"):
-        return add_adapters(model, peft_config, config)
+        return add_adapters(model, peft_config, config).eval()
 
 
 def _quantize(model: Any, quantizer: Any) -> None:

@@ -24,11 +24,13 @@ _COUNTS["mean_token_accuracy"] = "chosen_tokens"
 
 
 class MetricSums:
-    """Adds up step.SUMS vectors without waiting for them; `routers`: their auxiliary loss is among what is read."""
+    """Adds up step.SUMS vectors without waiting for them; `routers`: their auxiliary loss is among what is read;
+    `nll`: so is the cross-entropy of the chosen tokens.
+    """
 
-    def __init__(self, routers: bool) -> None:
+    def __init__(self, routers: bool, nll: bool = False) -> None:
         self.sums: Tensor | None = None
-        self.routers = routers
+        self.routers, self.nll = routers, nll
 
     def add(self, sums: Tensor, skip_non_finite: bool = False) -> None:
         """`skip_non_finite` leaves out a vector with NaN or infinity in it (`logging_nan_inf_filter`)."""
@@ -47,7 +49,10 @@ class MetricSums:
         sums["scored_tokens"] = sums["chosen_tokens"] + sums["rejected_tokens"]
         self.sums = None
         names = PAIR_METRICS + TOKEN_METRICS + (ROUTER_METRICS if self.routers else ())
-        return {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in names}, values[len(SUMS) :]
+        metrics = {name: _ratio(sums[name], sums[_COUNTS.get(name, "pairs")]) for name in names}
+        if self.nll:
+            metrics["nll_loss"] = _ratio(-sums["logps/chosen"], sums["chosen_tokens"])
+        return metrics, values[len(SUMS) :]
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -74,7 +79,7 @@ class Running:
     logged_steps: int = 0
 
     def __post_init__(self) -> None:
-        self.sums = MetricSums(bool(self.step.router_coef))
+        self.sums = MetricSums(bool(self.step.router_coef), self.step.scores_chosen)
 
     def logged(self, loss: float, step: int) -> None:
         """The mean over the run, from the means over its windows of steps."""

@@ -31,7 +31,10 @@ def several_sets(source: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(source, Mapping) and not isinstance(source, SPLITS) and not COLUMNS & set(source)
 
 
-def training_sets(source: Any, weights: Sequence[float] | None) -> dict[str, Any]:
+Weights = Sequence[float] | Mapping[str, float]  # in the order of the sets, or by their names
+
+
+def training_sets(source: Any, weights: Weights | None) -> dict[str, Any]:
     """The sets of a mixture by name, a list's by their place; of a single one its name is "". Raises ValueError for
     weights that do not fit.
     """
@@ -40,10 +43,15 @@ def training_sets(source: Any, weights: Sequence[float] | None) -> dict[str, Any
         named = {str(place) if len(source) > 1 else "": item for place, item in enumerate(source)}
     elif several_sets(source) and not all(_is_column(value) for value in source.values()):
         named = dict(source)
+    if isinstance(weights, Mapping) and set(weights) != set(named):
+        raise ValueError(
+            f"train_dataset_weights names {', '.join(weights)}, and the datasets of train_dataset are "
+            f"{', '.join(named) or 'one'}: give a weight to each of several, or leave it out"
+        )
     if weights is not None and (len(weights) != len(named) or len(named) == 1):
         raise ValueError(
-            f"train_dataset_weights={list(weights)}, and the datasets of train_dataset are {len(named)}: give a weight "
-            "to each of several, or leave it out"
+            f"train_dataset_weights={weights}, and the datasets of train_dataset are {len(named)}: give a weight to "
+            "each of several, or leave it out"
         )
     return named
 
@@ -71,9 +79,11 @@ def _is_column(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and not any(isinstance(item, dict) for item in value)
 
 
-def mixed(tables: Mapping[str, Table], weights: Sequence[float] | None, seed: int) -> Table:
+def mixed(tables: Mapping[str, Table], weights: Weights | None, seed: int) -> Table:
     """One table, or stream, of all. Raises ValueError where some are streams and some are not."""
     parts: list[Any] = list(tables.values())
+    if isinstance(weights, Mapping):
+        weights = [weights[name] for name in tables]
     if len({isinstance(part, IterableDataset) for part in parts}) > 1:
         raise ValueError("train_dataset mixes streams and tables, which do not go together: stream all of them or none")
     if weights is None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -60,7 +60,9 @@ logger = logging.getLogger(__name__)
 
 # Adapters that are more than modules of the model: they need a call between steps, or what PeftModel.forward sets.
 CALLED_ADAPTERS = ("ADALORA", "POLY", "SHADOW", "XLORA")
+OUTSIDE = "outside_adapters.safetensors"  # beside an adapter's own file: what peft does not save
 CHECKPOINT = ("gradient_checkpointing", "_gradient_checkpointing_func")  # what transformers' blocks read and call
+OF_WEIGHTS = ("dtype", "quantization_config")  # arguments of from_pretrained, though fields of a config, too
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO_CLASSES: dict[str, Any] = {
     "decoder-only": AutoModelForCausalLM,
@@ -77,7 +79,7 @@ def compute_dtype(config: DPOConfig) -> torch.dtype:
 def check_model(source: Any, name: str, config: DPOConfig) -> None:
     """Refuses what is no model that writes text, reading no more than its config; `name` is for errors."""
     if isinstance(source, str):
-        model_config = _model_config(source, config)
+        model_config = _model_config(source, config, name == "ref_model")
         check_quantized(model_config, f"{name} {source}")
         if not model_kind(model_config):
             raise ValueError(
@@ -92,9 +94,9 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
         )
     check_quantized(base, name)
     merged = {one for part in source.modules() if isinstance(part, BaseTunerLayer) for one in part.merged_adapters}
-    if merged:
+    if merged and (name == "model" or config.sync_ref_model):
         raise ValueError(
-            f"{name} has merged adapters ({', '.join(sorted(merged))}), which neither train nor turn off: call "
+            f"{name} has merged adapters ({', '.join(sorted(merged))}), which neither train, move nor turn off: call "
             "unmerge_adapter() to go on training them, or give what merge_and_unload() returns"
         )
     if base.get_output_embeddings() is None:
@@ -111,12 +113,13 @@ def load_model(
     if not isinstance(source, str):
         keep_unpacked(source)
         return source
-    more: Any = (is_reference and config.ref_model_init_kwargs) or config.model_init_kwargs or {}
-    options: dict[str, Any] = {"config": load_model_config(source, config), **_where(config), **more}
+    model_config = load_model_config(source, config, is_reference)
+    given = _load_options(config, is_reference)
+    options = {name: given[name] for name in given if name in OF_WEIGHTS or not hasattr(model_config, name)}
+    options["config"] = model_config
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     options.setdefault("dtype", load_dtype(config, adapters))
-    model_config = options["config"]
     quantized = bool(quantized_by(model_config))
     if config.quantizes and quantized and not is_reference:
         raise ValueError(f"{source} is quantised already: leave out load_in_4bit, load_in_8bit or quantization_config")
@@ -142,21 +145,31 @@ def load_dtype(config: DPOConfig, adapters: bool) -> torch.dtype:
     return compute_dtype(config) if adapters else torch.float32
 
 
-def load_model_config(name: str, config: DPOConfig) -> Any:
-    """The config of a model by its name or path, with the run's `rope_scaling`."""
-    model_config = _model_config(name, config)
-    _scale_rope(model_config, config.rope_scaling)
+def load_model_config(name: str, config: DPOConfig, is_reference: bool = False) -> Any:
+    """The config of a model by its name or path, with what the run changes of it: `rope_scaling`, and fields of it
+    among the model_init_kwargs.
+    """
+    model_config = _model_config(name, config, is_reference)
+    _scale_rope(model_config, _load_options(config, is_reference).get("rope_scaling", config.rope_scaling))
     return model_config
 
 
-def _model_config(name: str, config: DPOConfig) -> Any:
+def _load_options(config: DPOConfig, is_reference: bool) -> dict[str, Any]:
+    """What from_pretrained would be given without a config: arguments of its own, and fields of the config."""
+    more: Any = (is_reference and config.ref_model_init_kwargs) or config.model_init_kwargs or {}
+    return {**_where(config), **more}
+
+
+def _model_config(name: str, config: DPOConfig, is_reference: bool = False) -> Any:
     if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
         raise ValueError(
             f"{name} holds an adapter and not a model: load it with "
             "AutoPeftModelForCausalLM.from_pretrained(..., is_trainable=True) and give that"
         )
     try:
-        return AutoConfig.from_pretrained(name, **_where(config))
+        given = _load_options(config, is_reference)
+        fields = {key: value for key, value in given.items() if key not in (*OF_WEIGHTS, "rope_scaling")}
+        return AutoConfig.from_pretrained(name, **fields)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -211,6 +224,8 @@ def refuse_adapters(peft_configs: Iterable[Any]) -> None:
             why = "alora_invocation_tokens (aLoRA) turns adapters on in PeftModel.forward, which is not called"
         elif kind in CALLED_ADAPTERS:
             why = f"{type(one).__name__} needs calls beside those of the model's modules, which are not made"
+        elif kind == "PVERA" or getattr(one, "monteclora_config", None):
+            why = f"{type(one).__name__} draws other weights at each pass (PVeRA, MonteCLoRA), the reference's included"
         else:
             continue
         raise ValueError(f"{why}, so it is not supported: use plain LoRA")
@@ -234,6 +249,7 @@ def add_adapters(
     without them.
     """
     if peft_config is None and not config.use_peft:
+        _check_head_dropout(model, config)
         return model
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -242,6 +258,7 @@ def add_adapters(
         peft_config = peft_config or _lora_config(config, base_model(model))
         check_trained_whole(model, getattr(peft_config, "modules_to_save", None))
         adapted = get_peft_model(model, peft_config)
+    _check_head_dropout(adapted, config)
     return adapted  # type: ignore[return-value]
 
 
@@ -272,13 +289,17 @@ def _target_modules(names: list[str] | None) -> list[str] | str:
 
 
 def prepare_precision(model: nn.Module, autocast: torch.dtype | None) -> None:
-    """fp32 master weights for everything that trains. Raises ValueError where nothing does."""
+    """fp32 master weights for everything that trains. Raises ValueError where nothing does, and where they do not go
+    together with the dtype of weights that are frozen.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(
             "no parameter of the model requires a gradient, so nothing would train: load the adapter with "
             "is_trainable=True, or set requires_grad on what is to train"
         )
+    if isinstance(model, PeftModel):
+        _check_outside(model, autocast)
     half = [parameter for parameter in trained if parameter.dtype in (torch.bfloat16, torch.float16)]
     if half:
         logger.info("%d parameters train in fp32: cast from %s", sum(p.numel() for p in half), half[0].dtype)
@@ -286,6 +307,45 @@ def prepare_precision(model: nn.Module, autocast: torch.dtype | None) -> None:
         parameter.data = parameter.data.float()
     if half and autocast is None and not isinstance(model, PeftModel):
         model.float()  # without autocast a matrix product takes one dtype
+
+
+def outside_adapters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """What trains and no switch of peft's turns off: biases of bias="all", and what the user set to train."""
+    inside = (getattr(model.base_model, "prefix", "adaption_"), ".modules_to_save.", "trainable_tokens_")
+    named = model.named_parameters()
+    return {name: p for name, p in named if p.requires_grad and not any(word in name for word in inside)}
+
+
+def unsaved_by_peft(model: PeftModel) -> dict[str, nn.Parameter]:
+    """What of it is not in an adapter's own file, either."""
+    outside = outside_adapters(model)
+    active = model.active_adapters[0]
+    saved = outside and get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False)
+    return {name: parameter for name, parameter in outside.items() if name not in saved}
+
+
+def _check_outside(model: PeftModel, autocast: torch.dtype | None) -> None:
+    """Of weights that train in the place of frozen ones: says which peft does not save. Raises ValueError where no
+    product takes them, fp32 masters, together with 16-bit weights.
+    """
+    replaced = (".modules_to_save.", ".ln_tuning_layers.")
+    whole = [name for name, p in model.named_parameters() if p.requires_grad and any(word in name for word in replaced)]
+    whole += outside_adapters(model)
+    half = {p.dtype for p in model.parameters() if not p.requires_grad} & {torch.bfloat16, torch.float16}
+    if whole and half and autocast is None:
+        dtype = str(half.pop()).removeprefix("torch.")
+        raise ValueError(
+            f"the model is in {dtype}, and {whole[0]}, which trains beside its adapters, in fp32: products take both "
+            f"under autocast only. Set {'bf16' if dtype == 'bfloat16' else 'fp16'}=True, or load the model with "
+            "dtype='float32'"
+        )
+    if unsaved := unsaved_by_peft(model):
+        logger.warning(
+            "%d tensors train outside of adapters, such as %s, and peft does not save them: list their modules in "
+            "modules_to_save, or load them from the file beside the adapter, once that is loaded, with "
+            "model.load_state_dict(safetensors.torch.load_file('%s'), strict=False)",
+            *(len(unsaved), next(iter(unsaved)), OUTSIDE),
+        )
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
@@ -326,17 +386,23 @@ def learned_positions(model: PreTrainedModel) -> int | None:
     return None
 
 
+def noise_of(model: nn.Module) -> list[tuple[Any, str]]:
+    """Each module with a dropout, layerdrop or router jitter above 0, and the attribute that has it."""
+    found: list[tuple[Any, str]] = []
+    for module in model.modules():
+        names = (
+            ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else [n for n in vars(module) if _is_noise(n)]
+        )
+        found += [(module, n) for n in names if isinstance(v := getattr(module, n), float) and v > 0]
+    return found
+
+
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[int]:
     """Within it, every dropout, layerdrop and router jitter of the model is 0, whatever its mode; yields how many
     were not.
     """
-    changed: list[tuple[Any, str, float]] = []
-    for module in model.modules():
-        names = (
-            ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else [n for n in vars(module) if _is_noise(n)]
-        )
-        changed += [(module, n, v) for n in names if isinstance(v := getattr(module, n), float) and v > 0]
+    changed = [(module, name, getattr(module, name)) for module, name in noise_of(model)]
     try:
         for module, name, _ in changed:
             setattr(module, name, 0.0)
@@ -344,6 +410,18 @@ def without_dropout(model: nn.Module) -> Iterator[int]:
     finally:
         for module, name, value in changed:
             setattr(module, name, value)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it; on the way out each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _is_noise(attribute: str) -> bool:
@@ -420,25 +498,35 @@ def _factors(tuner: BaseTunerLayer) -> list[tuple[Tensor, Tensor]]:
     for name in names:
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
         if not tuner.disable_adapters:
-            _check_plain(tuner, name)
+            _check_plain(tuner, name, dropout=layer.training)
         factors.append((torch.zeros_like(down) if tuner.disable_adapters else layer.scaling[name] * down, up))
     return factors
 
 
-def _check_plain(tuner: BaseTunerLayer, adapter: str) -> None:
-    """Raises ValueError where an adapter on the head is more than two factors."""
+def _check_plain(tuner: BaseTunerLayer, adapter: str, dropout: bool) -> None:
+    """Raises ValueError where an adapter on the head is more than two factors; `dropout` says that its own is on."""
     layer: Any = tuner
     plain = type(tuner) is LoraLinear and not layer.use_dora.get(adapter) and not layer.lora_bias.get(adapter)
-    if not plain or isinstance(layer.lora_dropout[adapter], nn.Dropout) and layer.lora_dropout[adapter].p > 0:
+    if not plain or dropout and getattr(layer.lora_dropout[adapter], "p", 0) > 0:
         raise ValueError(
             f"the adapter {adapter!r} on the LM head ({type(layer).__name__}) is not a plain LoRA without "
             "dropout, DoRA or bias: leave the head out of target_modules, or list it in modules_to_save"
         )
 
 
+def _check_head_dropout(model: nn.Module, config: DPOConfig) -> None:
+    """What `output_head` would refuse at the first step of a run with dropout."""
+    layer: Any = base_model(model).get_output_embeddings()
+    if type(layer) is LoraLinear and not config.disable_dropout:
+        for name in layer.active_adapters if config.model_adapter_name is None else [config.model_adapter_name]:
+            if name in layer.lora_A:
+                _check_plain(layer, name, dropout=True)
+
+
 def balances_routers(model: PreTrainedModel) -> bool:
     """Whether transformers has an auxiliary loss for this model's routers (Switch Transformers, arXiv:2101.03961)."""
-    return hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func") and hasattr(model, "num_experts")
+    known = hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func") and hasattr(model, "num_experts")
+    return known and not model.config.is_encoder_decoder  # whose encoder has routers, too
 
 
 class Policy(nn.Module):

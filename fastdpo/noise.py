@@ -57,7 +57,7 @@ class EmbeddingNoise:
         return drawn[of_pairs.argsort()]
 
     def _uniform(self, batch: PreferenceBatch, pair: int, embedded: Tensor, *sizes: int) -> Tensor:
-        """Within (-1, 1). Rows of a stream have no keys and go by their place."""
+        """Within (-1, 1). Batches made by hand may have no keys: their pairs go by their place."""
         key = batch.keys[pair] if batch.keys else b"%d" % pair
         digest = blake2b(b"%d %d " % (self.seed, self.step()) + key, digest_size=8).digest()
         generator = torch.Generator(embedded.device).manual_seed(int.from_bytes(digest, "little") >> 1)

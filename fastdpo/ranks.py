@@ -28,7 +28,7 @@ from fastdpo.config import DPOConfig
 from fastdpo.quantized import quantized_scales
 
 # What an exchange of numbers is for; all but gradients fill one line of WIDTH numbers.
-PURPOSES = ("memory", "batch", "gradients", "sizes", "flags", "plan", "wait")
+PURPOSES = ("memory", "batch", "evaluation", "gradients", "sizes", "flags", "plan", "wait")
 WIDTH = 8
 BUCKET_BYTES = 2**26  # of gradients that are summed in one call (unmeasured: large enough for a link's full rate)
 FITS = 2**62

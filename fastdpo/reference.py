@@ -18,10 +18,13 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from fastdpo.batch import PreferenceBatch
-from fastdpo.model import Policy
+from fastdpo.model import Policy, evaluation_mode, noise_of, outside_adapters
 from fastdpo.quantized import states_of_8_bits
 from fastdpo.ranks import Ranks
 from fastdpo_kernels.pair_loss import sequence_sums
@@ -57,9 +60,11 @@ class Reference:
         the reference.
         """
         self.policy: Policy | None = policy
-        self.without_policy = without_policy
+        self.switch = without_policy
         self.description, self.equals_policy, self.ld_alpha = description, equals_policy, ld_alpha
         self.adapters = adapters
+        self.frozen: Any = policy.model.peft_config[FROZEN_ADAPTER] if FROZEN_ADAPTER in adapters else None  # type: ignore[union-attr]
+        self.noise = noise_of(policy)
         self.precision = precision(policy)
         self.outliers = any(state.threshold for state in states_of_8_bits(policy))
         self.memory = ReferenceMemory()
@@ -84,9 +89,19 @@ class Reference:
                 "the reference model was freed once its log-probs were known, and here are rows that it has not seen: "
                 "give them as eval_dataset from the start, or leave out precompute_ref_log_probs and ref_log_probs"
             )
-        with self.without_policy(), evaluating(self.policy):
+        with self.without_policy(), evaluating(self.policy, self.noise):
             token_logps, _ = self.policy(batch)
         return sequence_sums(token_logps, batch.cu_seqlens, self.ld_alpha).view(-1, 2)
+
+    def without_policy(self) -> AbstractContextManager[object]:
+        """Within it the policy's model is the reference. Raises RuntimeError where its frozen adapter is gone."""
+        if not self.runs:
+            raise RuntimeError(
+                "the reference, a frozen copy of the adapter that training started from, is no longer in the model: it "
+                "was taken out after training, or a later DPOTrainer on this model put its own there. Build another "
+                "DPOTrainer to evaluate rows that were not seen by then; give two that are used in turn a model each"
+            )
+        return self.switch()
 
     def rounding(self, logps: Tensor) -> Tensor:
         """How far right values of these log-probs may lie apart, when computed in other batches."""
@@ -99,8 +114,9 @@ class Reference:
 
     @property
     def runs(self) -> bool:
-        """Whether it is still there to be run: neither freed nor taken out of the model."""
-        return self.policy is not None and self.without_policy is not _released
+        """Whether it is still there to be run: neither freed nor taken out of the model, by a later trainer's, too."""
+        model: Any = self.policy and self.policy.model
+        return model is not None and (self.frozen is None or model.peft_config.get(FROZEN_ADAPTER) is self.frozen)
 
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """All ranks, at the same time: what one remembers, each does."""
@@ -122,10 +138,8 @@ class Reference:
 
     def release(self) -> None:
         """Takes the frozen adapter, if there is one, back out of the policy's model."""
-        model = self.policy.model if self.policy is not None else None
-        if isinstance(model, PeftModel) and FROZEN_ADAPTER in model.peft_config:
-            model.delete_adapter(FROZEN_ADAPTER)
-            self.without_policy = _released
+        if self.policy is not None and self.frozen is not None and self.runs:
+            cast(PeftModel, self.policy.model).delete_adapter(FROZEN_ADAPTER)
 
 
 def precision(policy: Policy) -> str:
@@ -155,13 +169,6 @@ class NoReference:
 
     def release(self) -> None:
         """Nothing was added to the policy's model."""
-
-
-def _released() -> AbstractContextManager[object]:
-    raise RuntimeError(
-        "the reference, a frozen copy of the adapter that training started from, was taken out of the model after "
-        "training: build a DPOTrainer yourself to evaluate rows that were not seen by then"
-    )
 
 
 class ReferenceMemory:
@@ -266,30 +273,59 @@ def _following(reference: Reference, model: nn.Module, ref_model: nn.Module) -> 
             f"sync_ref_model mixes the policy into the reference, and ref_model has no {other[0]} of that shape: leave "
             "ref_model out, or give one of the same kind, without adapters that the policy trains"
         )
+    if isinstance(model, PeftModel):
+        _check_alike(model, ref_model, reference.adapters)
     reference.follows = [(own[name], value) for name, value in trained.items()]
     return reference
 
 
 def _adapter_pairs(model: PeftModel, name: str) -> list[tuple[Tensor, Tensor]]:
-    """(of adapter `name`, of the one that trains)."""
+    """(of adapter `name`, of the one that trains), also where the user froze a part of that."""
+    _check_alike(model, model, [name])
     active, tensors = model.active_adapters[0], dict(model.named_parameters())
     pairs = []
     for path, trained in tensors.items():
         other = ".".join(name if part == active else part for part in path.split("."))
-        if trained.requires_grad and other != path:
+        if other != path:
             pairs.append((tensors[other], trained))
     return pairs
 
 
-class OutsideAdapters:
-    """What trains and no switch of peft's turns off, biases of bias="all" and what the user set to train, with the
-    values that it had at first.
+def _check_alike(model: PeftModel, ref_model: nn.Module, adapters: Sequence[str]) -> None:
+    """Raises ValueError where `adapters` of the reference have other tensors or scales than the policy's active ones:
+    a mixture of the two would be neither.
     """
+    mine, theirs = _adapter_numbers(model, model.active_adapters), _adapter_numbers(ref_model, adapters)
+    for place in {**mine, **theirs}:
+        if mine.get(place) != theirs.get(place):
+            raise ValueError(
+                f"sync_ref_model mixes the policy's adapter into the reference's, and they differ: {place} is "
+                f"{mine.get(place, 'missing')} in the policy and {theirs.get(place, 'missing')} in the reference. Give "
+                "two adapters of one config, or no reference: it is then a frozen copy of what trains"
+            )
+
+
+def _adapter_numbers(model: nn.Module, adapters: Sequence[str]) -> dict[str, Any]:
+    """Shapes of these adapters' tensors and the scales of their layers, by places without the adapters' names."""
+    found: dict[str, Any] = {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
+    for path, layer in model.named_modules():
+        scales = getattr(layer, "scaling", None) if isinstance(layer, BaseTunerLayer) else None
+        if isinstance(scales, dict):
+            found |= {f"{path}.scaling.{name}": value for name, value in scales.items()}
+    names = {name: f"ADAPTER{number or ''}" for number, name in enumerate(adapters)}
+    paths = {path: path.split(".") for path in found}
+    return {
+        ".".join(names.get(part, part) for part in parts): found[path]
+        for path, parts in paths.items()
+        if not names.keys().isdisjoint(parts)
+    }
+
+
+class OutsideAdapters:
+    """What `outside_adapters` are, with the values that they had at first."""
 
     def __init__(self, model: PeftModel) -> None:
-        inside = (getattr(model.base_model, "prefix", "adaption_"), ".modules_to_save.", "trainable_tokens_")
-        named = model.named_parameters()
-        self.parameters = [p for name, p in named if p.requires_grad and not any(word in name for word in inside)]
+        self.parameters = list(outside_adapters(model).values())
         self.values = [parameter.detach().clone() for parameter in self.parameters]
 
     def __str__(self) -> str:
@@ -358,16 +394,15 @@ def adapter_switch(model: PeftModel, switch: Switch) -> Switch:
 
 
 @contextmanager
-def evaluating(policy: Policy) -> Iterator[None]:
-    """The policy's modules in evaluation mode, where training mode would still make a difference."""
-    if not policy.noisy or not policy.training:
+def evaluating(policy: Policy, noise: Sequence[tuple[Any, str]]) -> Iterator[None]:
+    """The policy's modules in evaluation mode, where training mode would still make a difference: its `noise`
+    (`noise_of`, a walk over all modules) may be switched off by now.
+    """
+    if not policy.training or not (policy.noisy or any(getattr(module, name) for module, name in noise)):
         yield
         return
-    policy.eval()
-    try:
+    with evaluation_mode(policy):
         yield
-    finally:
-        policy.train()
 
 
 @contextmanager
@@ -386,6 +421,8 @@ def _adapters_change_nothing(policy: Policy, probe: PreferenceBatch) -> bool:
     """Fresh LoRA adds exactly 0. A trained adapter, or an initialisation that moves weights into it (PiSSA, OLoRA),
     does not.
     """
+    if _changes_some_tokens(cast(PeftModel, policy.model)):
+        return False
     training = policy.training
     policy.eval()
     try:
@@ -397,10 +434,23 @@ def _adapters_change_nothing(policy: Policy, probe: PreferenceBatch) -> bool:
     return torch.equal(with_adapters, without)
 
 
+def _changes_some_tokens(model: PeftModel) -> bool:
+    """Whether an adapter may change embeddings of tokens that a probe does not have."""
+    for module in model.modules():
+        if isinstance(module, (TrainableTokensLayer, TrainableTokensWrapper)) and module.active_adapters:
+            return True
+        if isinstance(module, ModulesToSaveWrapper) and isinstance(module.original_module, nn.Embedding):
+            embeddings: Any = module.modules_to_save
+            active = [embeddings[name].weight for name in module.active_adapters if name in embeddings]
+            if any(bool(weight.ne(module.original_module.weight).any()) for weight in active):
+                return True
+    return False
+
+
 @torch.no_grad()
 def _same_logps(policy: Policy, probe: PreferenceBatch, switch: Switch) -> bool:
     """Whether the policy gives the same bits within `switch`."""
-    with evaluating(policy):
+    with evaluating(policy, noise_of(policy)):
         ours, _ = policy(probe)
         with switch():
             theirs, _ = policy(probe)
@@ -434,6 +484,8 @@ def _freeze_adapter_copy(model: PeftModel) -> None:
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would change the base weights again
+    if hasattr(config, "layer_replication"):
+        config.layer_replication = None  # the layers are there; peft would replicate them again
     if hasattr(config, "bias"):
         config.bias = "none"  # peft trains biases of the base with one adapter only; their copies are OutsideAdapters'
     state = {name: value.clone() for name, value in get_peft_model_state_dict(model, adapter_name=active).items()}

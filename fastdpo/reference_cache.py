@@ -172,7 +172,7 @@ def reference_identity(reference: Reference, name: str | None, config: DPOConfig
     policy = reference.policy
     assert policy is not None
     # with arguments of from_pretrained, or an initialisation that moves weights into an adapter, the files are not all
-    plain = not config.model_init_kwargs and not reference.adapters
+    plain = not (config.model_init_kwargs or config.ref_model_init_kwargs or reference.adapters)
     return model_identity(
         policy.model,
         reference.adapters,

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from fastdpo.batch import PreferenceBatch
+from fastdpo.checkpoint import load_trained, save_trained
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, list_lengths
 from fastdpo.metrics import Running
@@ -36,11 +36,13 @@ from fastdpo.ranks import Ranks
 from fastdpo.reference import NoReference, Reference, ReferenceMemory
 from fastdpo.retry import Retry
 from fastdpo.step import MeanReward
+from fastdpo.verdicts import VERDICTS
 
 logger = logging.getLogger(__name__)
 
-TRAINED, RUN = "trained.safetensors", "run.pt"
+RUN = "run.pt"
 OF_RUNNING = ("tokens", "pairs", "learning_rate", "window_loss", "mean_loss", "logged_steps")
+OF_LOSS = tuple(name for name, verdict in VERDICTS.items() if verdict.topic == "preference loss")
 # Options that say which rows a step sees: another value would go on with other rows than those that were left.
 OF_ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last")
 
@@ -101,7 +103,7 @@ class RunState:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{directory / RUN} cannot be read ({error}): resume from another checkpoint") from error
         _check_rows(state["rows"], self.rows, directory)
-        self._load_trained(directory)
+        load_trained(self.model, directory)
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:
@@ -110,10 +112,18 @@ class RunState:
                 f"({error}): resume with the options that the run began with"
             ) from error
         self.scheduler.load_state_dict(state["scheduler"])
+        for group, base, rate in zip(
+            self.optimizer.param_groups,
+            getattr(self.scheduler, "base_lrs", ()),
+            getattr(self.scheduler, "lr_lambdas", ()),
+            strict=False,
+        ):
+            group["lr"] = base * rate(self.scheduler.last_epoch)  # the run may be longer now
         self.scaler.load_state_dict(state["scaler"])
         vars(self.running).update(state["running"])
-        if self.ranks.is_main and state["sums"] is not None:
-            self.running.sums.sums = state["sums"].to(self.args.device)
+        if (sums := state["sums"]) is not None:  # of all processes: the first one has them
+            sums = sums.to(self.args.device)
+            self.running.sums.sums = sums if self.ranks.is_main else torch.zeros_like(sums)
         if self.mean_reward is not None and state["mean_reward"] is not None:
             value, self.mean_reward.pairs = state["mean_reward"]
             self.mean_reward.value = value.to(self.args.device)
@@ -144,32 +154,17 @@ class RunState:
                 "checkpoint holds, and resume_from_checkpoint beside it"
             )
 
-    def _load_trained(self, directory: Path) -> None:
-        saved, ours = load_file(str(directory / TRAINED)), dict(_trained(self.model))
-        wrong = sorted(saved.keys() ^ ours.keys()) or [n for n, p in ours.items() if p.shape != saved[n].shape]
-        if wrong:
-            raise ValueError(
-                f"{directory} is of another model, or of other adapters: {wrong[0]} does not train in both, or has "
-                "another shape. Resume with the model and the options that the run began with"
-            )
-        with torch.no_grad():
-            for name, parameter in ours.items():
-                parameter.copy_(saved[name])
-
 
 def write(model: nn.Module, state: dict[str, Any], directory: Path) -> None:
-    save_file({name: p.detach().contiguous() for name, p in _trained(model)}, str(directory / TRAINED))
+    save_trained(model, directory)
     torch.save(state, directory / RUN)
-
-
-def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def rows_in_words(table: Any, args: DPOConfig, ranks: Ranks) -> dict[str, Any]:
     """What tells one run's data from another's."""
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.count
-    words = {"pairs a step": pairs, **{name: str(getattr(args, name)) for name in OF_ORDER}}
+    options = args.to_dict()
+    words = {"pairs a step": pairs, **{name: str(options[name]) for name in (*OF_ORDER, *OF_LOSS)}}
     if isinstance(table, Dataset):
         lengths = b"".join(list_lengths(table, column).astype("<i8").tobytes() for column in ID_COLUMNS)
         words |= {"rows": len(table), "lengths of the rows, a digest": crc32(lengths)}
@@ -180,8 +175,9 @@ def _check_rows(saved: dict[str, Any], ours: dict[str, Any], directory: Path) ->
     for name in {**saved, **ours}:
         if saved.get(name) != ours.get(name):
             raise ValueError(
-                f"{directory} is of a run with other data or another order of it: {name} was {saved.get(name)}, and is "
-                f"{ours.get(name)}. Resume with what the run began with, or start anew with the saved model"
+                f"{directory} is of a run with another loss, other data or another order of it: {name} was "
+                f"{saved.get(name)}, and is {ours.get(name)}. Resume with what the run began with, or start anew with "
+                "the saved model"
             )
 
 
@@ -203,12 +199,12 @@ def _restore_reference(reference: Reference | NoReference, saved: dict[str, Any]
         return
     for (mine, _), value in zip(reference.follows, saved["moved"], strict=True):
         mine.copy_(value)
-    reference.memory = ReferenceMemory()
+    if reference.follows:
+        reference.memory = ReferenceMemory()  # what was computed by now was another reference's
     names = saved["keys"].numpy().tobytes()
     keys = [names[start : start + 16] for start in range(0, len(names), 16)]
     if keys:
         reference.memory.store(keys, saved["logps"].to(device))
-    reference.memory.shared = len(keys)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Retry:
     def _optimizer_batch(self, batches: Batches, loader: DataLoader) -> OptimizerBatch:
         """This process's micro-batches, as many as the process with most has, and what all have together."""
         counts = [sum(getattr(batch, name) for batch in batches) for name in COUNTS]
-        everyone = self.ranks.exchange("batch", [getattr(batches, "whole", 0), len(batches), *counts])
+        purpose = "batch" if torch.is_grad_enabled() else "evaluation"
+        everyone = self.ranks.exchange(purpose, [getattr(batches, "whole", 0), len(batches), *counts])
         digests, most, *totals = zip(*everyone, strict=True)
         if len(set(digests)) > 1:
             raise ValueError(

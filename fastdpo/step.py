@@ -108,6 +108,13 @@ class PreferenceStep:
             yield Computed(loss, result, self._sums(result, stats, batch))
 
     @property
+    def scores_chosen(self) -> bool:
+        """Whether the cross-entropy of the chosen tokens is a part of the loss, and their log-probs are summed plainly
+        (`ld_alpha` weighs them).
+        """
+        return self.loss.ld_alpha is None and any(term.per == "batch_token" for term in self.loss.terms)
+
+    @property
     def _couples_pairs(self) -> bool:
         return self._matches_pairs or self._moves_mean
 

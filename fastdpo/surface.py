@@ -8,7 +8,7 @@ Legend: P pairs, R rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -34,6 +34,10 @@ from fastdpo.reference import Reference
 from fastdpo_kernels.pair_loss import pair_loss
 
 logger = logging.getLogger(__name__)
+
+
+def _listed(given: str | Iterable[str] | None) -> list[str]:
+    return [given] if isinstance(given, str) else list(given or ())
 
 
 # What TRL's or transformers' loop calls and this one does not, by what to do in place of overriding it.
@@ -198,14 +202,32 @@ class Surface(Evaluation):
         return PredictionOutput(values[:, 1:3].numpy(), None, metrics)
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        *,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Writes README.md into output_dir, unless somebody else has written one: what the run is and has come to."""
+        """Writes README.md into output_dir, unless somebody else has written one: what the run is and has come to.
+
+        What follows `tags` is TRL 0.11's: `finetuned_from` is the base model, `tasks` are more tags, `dataset_tags`
+        more names on the Hub; `dataset` and `dataset_args` are words for the card's table.
+        """
         if not self.ranks.is_main:
             return
-        more = {"model_name": model_name} if model_name else {}
-        more |= {"dataset_names": (dataset_name,)} if dataset_name else {}
-        given = [tags] if isinstance(tags, str) else list(tags or ())
+        more: dict[str, Any] = {"model_name": model_name} if model_name else {}
+        if names := [*_listed(dataset_name), *_listed(dataset_tags)]:
+            more["dataset_names"] = names
+        data = ", ".join([*_listed(dataset), *_listed(dataset_args)])
+        more |= {"language": language, "license": license, "finetuned_from": finetuned_from, "data": data}
+        given = [*_listed(tags), *_listed(tasks)]
         directory = Path(str(self.args.output_dir))
         if not card.may_write(directory):
             logger.info("model card: %s stays as it is, somebody else wrote it", directory / "README.md")
@@ -263,13 +285,14 @@ class Surface(Evaluation):
 
     def get_batch_samples(self, model: Any, batch: Any) -> tuple[list[str], list[str] | None]:
         """-> texts with their prompts, sampled by the policy and by the reference (None where it does not run), for
-        the pairs of one or several PreferenceBatches, or for prompt_input_ids and prompt_attention_mask of a dict.
+        the pairs of one or several PreferenceBatches, or of a padded dict in TRL's form, or for prompt_input_ids and
+        prompt_attention_mask of a dict.
 
         Raises ValueError for another model than the one that trains.
         """
         if model is not None and model is not self.policy.model:
             raise ValueError("get_batch_samples samples from the trainer's own model: give trainer.model, or None")
-        prompts = prompts_of(batch)
+        prompts = prompts_of(batch, self.args.label_pad_token_id)
         texts = [self.sampler.texts(prompts, answers) for answers in self.sampler.answers(prompts) if answers]
         return texts[0], texts[1] if len(texts) > 1 else None
 

@@ -199,12 +199,23 @@ class DPOTrainer(Surface):
         policy = self.reference.policy
         return None if policy is None or policy is self.policy else policy.model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """Trains; -> transformers' TrainOutput (global_step, training_loss, metrics).
 
         resume_from_checkpoint: a checkpoint to go on from, True for the newest whole one of output_dir; by default that
             of args. The trainer is then built from the same model, data and options as at first.
+        ignore_keys_for_eval: changes nothing, as for `evaluate`.
+
+        Raises ValueError for a `trial` of a hyper-parameter search, and for a checkpoint that is not whole, or of
+        another run.
         """
+        if trial is not None:
+            raise ValueError("trial is of transformers' hyper-parameter search: start a run for each trial")
         args = self.args
         resume_from = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         resumed = checkpoint.find(resume_from, Path(str(args.output_dir))) if resume_from else None
@@ -233,9 +244,16 @@ class DPOTrainer(Surface):
         handler: Any = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
-        self._position, self._random_state, self._ended_by = Position(), None, 0
+        self._position, self._random_state = Position(), None
+        self._ended_by, self._saved_step = 0, -1
         if resumed is not None:
-            self._resume(resumed, steps)
+            self._resume(resumed)
+        elif others := checkpoint.checkpoints(Path(str(args.output_dir))):
+            logger.warning(
+                "output_dir has checkpoints of an earlier run, up to %s: resume_from_checkpoint=True takes the one of "
+                "most steps, so give this run another directory",
+                others[-1].name,
+            )
 
         with self._fused_blocks(), self._training_mode(), self._garbage_waits(), self._interrupts.noted():
             self.policy.train()
@@ -243,11 +261,10 @@ class DPOTrainer(Surface):
             if args.eval_on_start and resumed is None:
                 self.evaluate()
             self._run_epochs(loader, steps)
-            if self._ended_by:
-                logger.warning("saved; train(resume_from_checkpoint=True) goes on from here")
-                end(self._ended_by)
+            self._end_if_told()
             if self._evaluate_at_end:
                 self.evaluate()
+                self._end_if_told()
             if args.load_best_model_at_end and self.state.best_model_checkpoint:
                 logger.info("loading the best model, from %s", self.state.best_model_checkpoint)
                 if self.ranks.is_main:  # which wrote it, perhaps where the others cannot read
@@ -255,7 +272,7 @@ class DPOTrainer(Surface):
                 self.ranks.equalise(self.policy)
         return self._finish(time.time() - started)
 
-    def _resume(self, directory: Path, steps: int) -> None:
+    def _resume(self, directory: Path) -> None:
         """Everything as it was when the checkpoint was written, but for what the options say of the run's length."""
         logger.info("resuming from %s", directory)
         self._position, self._random_state = self._run_state().restore(directory)
@@ -263,33 +280,40 @@ class DPOTrainer(Surface):
         fresh, self.state = self.state, state
         for name in OF_THIS_RUN:
             setattr(state, name, getattr(fresh, name))
+        best = Path(str(self.args.output_dir)) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():  # output_dir may be called otherwise by now
+            state.best_model_checkpoint = str(best)
         restore_callbacks(self.callback_handler.callbacks, state.stateful_callbacks)
         self._margins_checked = True
 
     def _run_state(self) -> RunState:
-        running: Any = self._running
         return RunState(
-            *(self.model, self.optimizer, self.lr_scheduler, self.scaler, running, self.mean_reward, self.reference),
-            *(self._retry, self.ranks, self.args, rows_in_words(self.train_dataset, self.args, self.ranks)),
-            build.probe_batch(self.policy, self.layout),
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            scaler=self.scaler,
+            running=self._running,
+            mean_reward=self.mean_reward,
+            reference=self.reference,
+            retry=self._retry,
+            ranks=self.ranks,
+            args=self.args,
+            rows=rows_in_words(self.train_dataset, self.args, self.ranks),
+            probe=build.probe_batch(self.policy, self.layout),
         )
 
     def _batches(self, loader: DataLoader) -> Iterator[Share]:
-        """What is left of an epoch. The random state of a run that goes on is that of its next step: amid an epoch, of
-        after the loader had started, which draws a seed.
-        """
-        state, self._random_state = self._random_state, None
-        if state is not None and not self._position.batches:
-            set_random_state(state, self.args.device)
+        """What is left of an epoch; the random state of a run that goes on is that of its next step."""
         batches = epoch_batches(loader, self._position.epoch, self._position.batches)
-        if state is not None and self._position.batches:
-            set_random_state(state, self.args.device)
+        if self._random_state is not None:
+            set_random_state(self._random_state, self.args.device)
+            self._random_state = None
         return batches
 
     def _run_epochs(self, loader: DataLoader, steps: int) -> None:
         args, handler = self.args, self.callback_handler
         length = len(loader) if isinstance(self.train_dataset, Dataset) else steps
-        while self.state.global_step < steps and not self.control.should_training_stop:
+        while self.state.global_step < steps:
             epoch, count = self._position.epoch, self._position.batches
             self.control = handler.on_epoch_begin(args, self.state, self.control)
             for count, batches in enumerate(self._batches(loader), count + 1):  # noqa: B007, B020
@@ -303,18 +327,22 @@ class DPOTrainer(Surface):
                 self.control = handler.on_step_end(args, self.state, self.control)
                 self._agree_on_control()
                 self._log_evaluate_save()
+                if self._ended_by:
+                    return
                 if self.control.should_epoch_stop or self.control.should_training_stop:
                     break
             if count == 0:
                 raise ValueError(
                     "train_dataset gave no batch: it is empty, or smaller than one batch with dataloader_drop_last=True"
                 )
-            if not self.control.should_training_stop:
+            if not self.control.should_training_stop or isinstance(self.train_dataset, Dataset) and count == length:
                 self._position = Position(epoch + 1)
             self.control = handler.on_epoch_end(args, self.state, self.control)
             self._agree_on_control()
             self._log_evaluate_save()
             self.reference.share(self.ranks, args.device)  # the next epoch deals rows otherwise
+            if self.control.should_training_stop:  # also where asked for before the first step, which all take
+                return
 
     def _optimizer_step(self, batches: list[PreferenceBatch]) -> None:
         """All micro-batches of one step, their gradients those of the mean over its pairs; then one update."""
@@ -411,6 +439,12 @@ class DPOTrainer(Surface):
                 f"(rounding and repeated runs explain {allowed:.0e}): something changed the model, or changes it "
                 "between two forward passes (a hook, a cache, noise): find it first"
             )
+        if not largest <= allowed + rounding:
+            raise RuntimeError(
+                f"before the first update a log-ratio of policy to its own reference is {largest:.2e}, though both "
+                "compute the same: what is remembered of the reference is of another state of the model (a row was "
+                "scored before its weights or modes changed): build the trainer anew"
+            )
         logger.warning("first log-ratios: up to %.1e instead of 0, rounding of other batches or kernels", largest)
 
     def _agree_on_control(self) -> None:
@@ -424,24 +458,42 @@ class DPOTrainer(Surface):
             self.control.should_save = self.control.should_training_stop = True
 
     def _log_evaluate_save(self) -> None:
-        if self.control.should_log and self._running.sums.sums is not None:
-            self.log(self._read_metrics())
         if self.control.should_log or self.state.global_step % 100 == 0:
             gc.collect()  # see _garbage_waits
+        if self.control.should_log and self._running.sums.sums is not None:
+            self.log(self._read_metrics())
+            self._agree_on_control()
         if self.control.should_evaluate:
             self.evaluate()
-        if self.control.should_save:
+            self._agree_on_control()
+        if self.control.should_save or self._ended_by:
             self._write_checkpoint()
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self._agree_on_control()
+
+    def _end_if_told(self) -> None:
+        """Saves and ends where a signal came, also since the last step."""
+        self._agree_on_control()
+        if not self._ended_by:
+            return
+        if self._saved_step != self.state.global_step:
+            self._write_checkpoint()
+        more = "" if self.args.save_only_model else "; train(resume_from_checkpoint=True) goes on from here"
+        logger.warning("saved after step %d%s", self.state.global_step, more)
+        end(self._ended_by)
 
     def _write_checkpoint(self) -> None:
         args, output_dir, state = self.args, Path(str(self.args.output_dir)), self.state
         directory = checkpoint.path_of(output_dir, state)
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(directory)
+        self._saved_step = state.global_step
         parts = None if args.save_only_model else self._run_state().gather(self._position)
-        if not args.should_save:
-            return
+        if args.should_save:
+            self._write_files(directory, parts)
+        self.control = self.callback_handler.on_save(args, state, self.control)
+
+    def _write_files(self, directory: Path, parts: dict[str, Any] | None) -> None:
+        args, state = self.args, self.state
         state.stateful_callbacks = callback_states(self.callback_handler.callbacks)  # type: ignore[assignment]
         self.hub.before_checkpoint()
         with checkpoint.written_whole(directory) as draft:
@@ -449,7 +501,7 @@ class DPOTrainer(Surface):
             state.save_to_json(str(draft / checkpoint.STATE))
             if parts is not None:
                 write(self.model, parts, draft)
-        checkpoint.remove_old(output_dir, directory, state, args.save_total_limit)
+        checkpoint.remove_old(directory.parent, directory, state, args.save_total_limit)
         self._push_checkpoint(directory)
 
     def _read_metrics(self) -> dict[str, float]:

@@ -38,7 +38,13 @@ def check_unpaired(columns: Sequence[str], config: DPOConfig, name: str) -> None
     found = f"The {name} dataset has unpaired rows (prompt, completion, label)"
     if "prompt" not in columns:
         raise ValueError(f"{found} without the column 'prompt': add it.")
-    if not set(config.loss_type) <= set(LOSSES):
+    others = [loss for loss in config.loss_type if loss not in LOSSES]
+    if others and len(others) < len(config.loss_type):
+        raise ValueError(
+            f"{found}, which aot_unpaired trains alone, and loss_type has {others} beside it: leave that out, or pair "
+            "them first."
+        )
+    if others:
         raise ValueError(
             f"{found}, and loss_type={config.loss_type} compares two answers to one prompt: pair them first, or set "
             "loss_type='aot_unpaired'."

@@ -94,14 +94,15 @@ _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
 # (what is missing, what to do until then) -> options. Every value but the default raises.
 _NOT_YET = {
     ("sharding a model over processes", "let each hold the whole model"): "fsdp fsdp_config fsdp_min_num_params "
-    "fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config accelerator_config",
-    ("memory reports", "read the GPU's own counters"): "skip_memory_metrics",
+    "fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config",
+    ("a report of memory", "read the GPU's own counters"): "skip_memory_metrics",
 }
 
 # Option -> (why not, what instead). Every value but the default raises.
 _REFUSED = {
     "ignore_data_skip": ("a resumed run goes on with the rows that are left of its epoch", "leave it out"),
     "optim_target_modules": ("it belongs to optimizers like GaLore, which are refused", "take optim='adamw_8bit'"),
+    "accelerator_config": ("every process reads its own rows, and no loader is accelerate's", "leave it out"),
     "ddp_bucket_cap_mb": ("gradients are summed once they are all there", "leave it out"),
     "ddp_static_graph": ("gradients are summed once they are all there", "leave it out"),
     "ddp_broadcast_buffers": ("all processes start from the first one's buffers", "leave it out"),

@@ -291,6 +291,56 @@ def stopped_by_one(out: Path, count: int) -> dict[str, Any]:
     return summary(trainer, steps=trainer.state.global_step)
 
 
+def asked_by_one(out: Path, count: int) -> dict[str, Any]:
+    """In the last process alone callbacks ask for an evaluation, a checkpoint and the end, each where no step ends."""
+    trainer = trainer_of(out / f"asked-{count}", count, eval_dataset=ROWS[:5], num_train_epochs=3)
+
+    class Asking(TrainerCallback):
+        asks = trainer.ranks.rank == count - 1
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
+            control.should_evaluate = self.asks and "loss" in logs
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save = self.asks and state.global_step == 2
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = self.asks
+
+    trainer.add_callback(Asking())
+    trainer.train()
+    return summary(trainer, steps=trainer.state.global_step)
+
+
+def stopped_before_the_first_step_by_one(out: Path, count: int) -> dict[str, Any]:
+    trainer = trainer_of(out, count, eval_dataset=ROWS[:5], eval_on_start=True)
+
+    class Stopping(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = trainer.ranks.rank == count - 1
+
+    trainer.add_callback(Stopping())
+    trainer.train()
+    return summary(trainer, steps=trainer.state.global_step)
+
+
+def evaluated_by_one(out: Path, count: int) -> dict[str, Any]:
+    """A callback evaluates in the last process while the others train."""
+    trainer = trainer_of(out, count, eval_dataset=ROWS[:5])
+
+    class Evaluating(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if trainer.ranks.rank == count - 1:
+                trainer.evaluate()
+
+    trainer.add_callback(Evaluating())
+    try:
+        trainer.train()
+    except (RuntimeError, ValueError) as error:
+        return {"error": str(error)}
+    raise AssertionError("it went through")
+
+
 def rows_that_differ(out: Path, count: int) -> dict[str, Any]:
     rank = torch.distributed.get_rank() if count > 1 else 0
     try:
@@ -459,8 +509,8 @@ SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
             noisy,
             a_pair_that_never_fits,
         ),
-        *(slow_to_save, stopped_by_one, workers, evaluated_out_of_memory, gradients_that_only_some_have),
-        rows_that_differ,
+        *(slow_to_save, stopped_by_one, asked_by_one, stopped_before_the_first_step_by_one, evaluated_by_one),
+        *(workers, evaluated_out_of_memory, gradients_that_only_some_have, rows_that_differ),
     )
 } | OUT_OF_MEMORY
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import json
 import logging
 import math
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from fastdpo import verdicts
 from fastdpo.config import DPOConfig
@@ -223,6 +225,16 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name(tmp_path):
         ({"eval_strategy": "stps"}, "eval_strategy='stps' is none of .* did you mean 'steps'"),
         ({"optim": "galore_adamw"}, "optim='galore_adamw' is not supported"),
         ({"lr_scheduler_kwargs": "{num_cycles: 2}"}, "lr_scheduler_kwargs must be a dict or its JSON"),
+        ({"lr_scheduler_kwargs": {"num_cycles": 2}}, "does not go with lr_scheduler_type='linear': .*'num_cycles'"),
+        (
+            {"lr_scheduler_kwargs": {"num_cycles": 2}, "lr_scheduler_type": "constant_with_warmup"},
+            "lr_scheduler_kwargs=.*has no effect on lr_scheduler_type='constant_with_warmup': leave it out",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "does not go with .*cosine_with_min_lr': One of min_lr or"),
+        ({"loss_type": "kto_pair"}, "'kto_pair' is KTO on pairs.*: take bco_pair"),
+        ({"ref_model_sync_steps": 3}, "has no effect without sync_ref_model=True: set that, or leave it out"),
+        ({"torch_compile_mode": "default"}, "has no effect without torch_compile=True: set that, or leave it out"),
+        ({"skip_memory_metrics": False}, "a report of memory comes later"),
         ({"rope_scaling": "[1]"}, "rope_scaling must be a dict or its JSON"),
         ({"lora_r": 8}, "lora_r=8 has no effect without adapters: set use_peft=True"),
         ({"use_dora": True}, "use_dora=True has no effect without adapters"),
@@ -323,6 +335,19 @@ def test_either_name_of_checkpointing_sets_the_one_option_without_a_warning(name
     assert made.gradient_checkpointing is False
 
 
+def test_the_precision_of_accelerate_launch_is_taken_or_contradicted_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert config(tmp_path, use_cpu=True).bf16 is True
+    assert DPOConfig.from_arguments(TrainingArguments(str(tmp_path), use_cpu=True)).bf16 is True
+    with pytest.raises(ValueError, match="mixed_precision='bf16', and the options are bf16=False"):
+        config(tmp_path, use_cpu=True, bf16=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16=True needs a GPU"):
+        config(tmp_path, use_cpu=True)
+    with pytest.raises(ValueError, match="mixed_precision='fp16', and the options are bf16=True"):
+        config(tmp_path, use_cpu=True, bf16=True)
+
+
 def test_bf16_is_decided_in_the_constructor_and_off_on_a_cpu_unless_asked_for(tmp_path):
     assert config(tmp_path, use_cpu=True).bf16 is False
     assert config(tmp_path, use_cpu=True, bf16=True).bf16 is True
@@ -354,10 +379,38 @@ def test_the_config_survives_json_replace_and_repr_without_showing_tokens(tmp_pa
     assert "<HUB_TOKEN>" in repr(made)
 
 
+def test_a_config_comes_back_from_its_json(tmp_path):
+    made = config(tmp_path, loss_type=["sigmoid", "ipo"], sync_ref_model=True, lr_scheduler_type="cosine")
+    again = DPOConfig(**json.loads(made.to_json_string()))
+    assert again.to_dict() == made.to_dict()
+
+
+@pytest.mark.parametrize(
+    "form", [dict, json.dumps, lambda given: AcceleratorConfig(**given)], ids=["dict", "JSON", "own"]
+)
+def test_accelerators_config_may_say_what_it_says_by_default_and_nothing_else(form, tmp_path):
+    for given in ({}, {"split_batches": False}, AcceleratorConfig().to_dict()):
+        assert config(tmp_path, accelerator_config=form(given)).accelerator_config == AcceleratorConfig()
+    with pytest.raises(ValueError, match="split_batches=True.*not supported: every process reads its own rows"):
+        config(tmp_path, accelerator_config=form({"split_batches": True}))
+
+
+def test_a_misspelt_part_of_accelerators_config_is_named(tmp_path):
+    with pytest.raises(
+        ValueError, match="accelerator_config has an unknown 'split_batch'; did you mean 'split_batches'"
+    ):
+        config(tmp_path, accelerator_config={"split_batch": False})
+
+
+@pytest.mark.parametrize("given", [False, "false"])
+def test_not_to_resume_may_be_said(given, tmp_path):
+    assert config(tmp_path, resume_from_checkpoint=given).resume_from_checkpoint is None
+
+
 def test_a_dpoconfig_is_taken_as_it_is(tmp_path):
     made = config(tmp_path)
     assert DPOConfig.from_arguments(made) is made
-    with pytest.raises(ValueError, match="args is a dict; give a DPOConfig"):
+    with pytest.raises(ValueError, match="args is a dict, expected a DPOConfig, TRL's DPOConfig or .*Arguments.$"):
         DPOConfig.from_arguments({"beta": 0.1})
 
 
@@ -426,6 +479,13 @@ def test_a_loss_that_differs_from_trl_s_is_named(options, line, tmp_path):
 
 def test_options_that_differ_from_trl_are_named(tmp_path):
     text = "\n".join(config(tmp_path, label_smoothing=0.1, use_peft=True).differences_from_trl())
+    synced = {"sync_ref_model": True}
+    assert (
+        "ref_model_mixup_alpha=0.9 every 64 steps (TRL 1.16: 0.6, 512)"
+        in config(tmp_path, **synced).differences_from_trl()
+    )
+    synced |= {"ref_model_mixup_alpha": 0.6, "ref_model_sync_steps": 512}
+    assert "ref_model" not in "".join(config(tmp_path, **synced).differences_from_trl())
     assert "TRL 1.16 ignores it" in text and "2e-5 for adapters" in text and "keep_start" in text
     told = config(tmp_path, learning_rate=1e-6, truncation_mode="keep_start", gradient_checkpointing=True)
     assert told.differences_from_trl() == []

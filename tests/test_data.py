@@ -352,6 +352,14 @@ def test_one_token_after_an_empty_prompt_has_nothing_scored_and_is_dropped(token
     assert pairs_of(rows, tokenizer) == [TokenPair([1], [3], [4, 5])]
 
 
+@pytest.mark.parametrize("columns", [["ref_chosen_logps", "ref_rejected_logps"], ["reference_chosen_logps"]], ids=len)
+def test_log_probs_of_a_reference_in_the_rows_are_said_not_to_be_used(columns, tokenizer, caplog):
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", **dict.fromkeys(columns, -1.0)}])
+    tokenize_pairs(rows, tokenizer, config(), "train")
+    (line,) = [record.message for record in caplog.records if "not used" in record.message]
+    assert all(column in line for column in columns) and "precompute_ref_log_probs=True" in line
+
+
 def test_nothing_left_is_an_error_with_the_counts(tokenizer):
     with pytest.raises(ValueError, match="No row of the train dataset.*dropped 1 with an empty completion"):
         pairs_of([{**PLAIN, "chosen": ""}], tokenizer)

@@ -16,6 +16,8 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 from transformers.integrations import CometCallback, MLflowCallback, TensorBoardCallback, WandbCallback
 
 import fastdpo
+from fastdpo.batch import pairs_of
+from fastdpo.collator import padded_rows
 from fastdpo.generate import _report, prompts_of
 
 ADAPTERS = LoraConfig(r=4, target_modules="all-linear")
@@ -157,7 +159,18 @@ def test_get_batch_samples_gives_texts_with_their_prompts_for_batches_and_padded
     assert trainer.get_batch_samples(trainer.model, given) == (policy, reference)
     with pytest.raises(ValueError, match="give trainer.model, or None"):
         trainer.get_batch_samples(tiny_llama(), batch)
-    with pytest.raises(ValueError, match="expected a PreferenceBatch or a dict"):
+    pairs = padded_rows(pairs_of(batch), trainer.layout.pad_token_id)
+    assert trainer.get_batch_samples(trainer.model, pairs) == (policy, reference)
+    sides = [{name: values.chunk(2)[place] for name, values in pairs.items()} for place in (0, 1)]
+    by_side = {}
+    for side, values in zip(("chosen", "rejected"), sides, strict=True):
+        labels = values["input_ids"].where(values["completion_mask"] == 1, -100)
+        by_side |= {f"{side}_input_ids": values["input_ids"], f"{side}_labels": labels}
+        by_side[f"{side}_attention_mask"] = values["attention_mask"]
+    assert trainer.get_batch_samples(trainer.model, by_side) == (policy, reference)
+    with pytest.raises(ValueError, match="expected a PreferenceBatch, a dict with"):
+        trainer.get_batch_samples(trainer.model, 3)
+    with pytest.raises(ValueError, match="a padded batch lacks attention_mask, completion_mask"):
         trainer.get_batch_samples(trainer.model, {"input_ids": padded["input_ids"]})
 
 
@@ -205,5 +218,5 @@ def test_trackers_get_the_table(monkeypatch) -> None:
 
 
 def test_samples_need_rows_to_evaluate_on(rows, tokenizer, quick) -> None:
-    with pytest.raises(ValueError, match="generate_during_eval need an eval_dataset, and there is none"):
+    with pytest.raises(ValueError, match="generate_during_eval needs an eval_dataset, and there is none"):
         trainer_of(rows, tokenizer, {**quick, "generate_during_eval": True}, eval_dataset=None)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import RAGGED, tiny_model
 from torch import Tensor
@@ -82,6 +83,22 @@ def test_another_adapter_that_is_merged_into_the_head_is_refused() -> None:
     model.merge_adapter(["other"])
     with pytest.raises(ValueError, match=r"\['other'\] merged .* apply now are \['default'\]"):
         fastdpo.token_logps(model, IDS)
+
+
+@pytest.mark.parametrize("source", ["loaded", "by path"])
+def test_dropout_of_an_adapter_of_the_head_is_refused_only_where_it_is_on(
+    source: str, rows, tokenizer, quick, tmp_path
+) -> None:
+    config = LoraConfig(r=4, target_modules=ON_HEAD, lora_dropout=0.5)
+    tiny_llama().save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model") if source == "by path" else tiny_llama()
+    data = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": config}
+    with pytest.raises(ValueError, match="on the LM head .* is not a plain LoRA without dropout"):
+        fastdpo.DPOTrainer(model, args=fastdpo.DPOConfig(**quick, disable_dropout=False), **data)
+    model = model if source == "by path" else tiny_llama()
+    trainer = fastdpo.DPOTrainer(model, args=fastdpo.DPOConfig(**quick), **data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
 @pytest.mark.parametrize(

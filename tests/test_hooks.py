@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import praise_and_scolding, tiny_llama
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tokenizers_for_tests import byte_level
 from torch import Tensor
 from transformers import EvalPrediction, TrainerCallback
@@ -23,6 +23,7 @@ import fastdpo
 from fastdpo.batch import pairs_of
 from fastdpo.collator import padded_rows
 from fastdpo.data import TokenPair
+from fastdpo.model import noise_of
 from fastdpo.surface import NOT_CALLED
 
 CLOCK = ("runtime", "per_second")
@@ -280,6 +281,66 @@ def test_log_probs_of_a_forward_by_hand_give_the_loss(loss: str, rows, quick) ->
     chosen, _ = trainer.compute_ref_log_probs(batch)
     expected = reference[0] * counts if loss == "ipo" else reference[0]
     torch.testing.assert_close(chosen, expected.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("own_reference", [True, False], ids=["a copy", "adapters off"])
+def test_a_batch_by_hand_has_no_dropout_before_and_after_training(own_reference: bool, rows, quick) -> None:
+    model = tiny_llama(attention_dropout=0.5)
+    if not own_reference:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5))
+    trainer = fastdpo.DPOTrainer(
+        model, args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=byte_level()
+    )
+    batch = forms_of(trainer)["1.16"]
+    before = trainer.compute_ref_log_probs(batch)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(math.log(2), rel=1e-6)
+    trainer.train()
+    trainer.reference.memory.__init__()
+    assert all(torch.equal(*both) for both in zip(before, trainer.compute_ref_log_probs(batch), strict=True))
+    for call in (
+        trainer.compute_loss,
+        trainer.concatenated_forward,
+        lambda *given: trainer.prediction_step(*given, False),
+    ):
+        once, again = call(trainer.model, batch), call(trainer.model, batch)
+        for one, other in zip(*((once, again) if isinstance(once, tuple) else ([once], [again])), strict=True):
+            assert torch.equal(one, other)
+    assert trainer.model.training
+    assert noise_of(trainer.model)
+
+
+def test_with_dropout_asked_for_a_prediction_has_none_and_leaves_each_modules_mode(rows, quick) -> None:
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(attention_dropout=0.5),
+        args=fastdpo.DPOConfig(**quick, disable_dropout=False),
+        train_dataset=rows,
+        processing_class=byte_level(),
+    )
+    batch = forms_of(trainer)["1.16"]
+    assert trainer.prediction_step(trainer.model, batch, True)[0].item() == pytest.approx(math.log(2), rel=1e-6)
+    assert trainer.model.training
+    assert trainer.compute_loss(trainer.model, batch).item() != pytest.approx(math.log(2), rel=1e-4)
+    trainer.model.eval()
+    trainer.reference.memory.__init__()
+    trainer.compute_ref_log_probs(batch)
+    assert not trainer.model.training
+
+
+@pytest.mark.parametrize("options", [{"rpo_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"]}], ids=["rpo", "sft"])
+def test_the_cross_entropy_of_the_chosen_tokens_is_logged_where_it_is_learned(options, rows, quick) -> None:
+    trainer = trainer_of(rows[:6], quick, hooks={"eval_dataset": rows[:6]}, **options)
+    batch = forms_of(trainer)["1.16"]
+    with torch.no_grad():
+        expected = trainer.concatenated_forward(trainer.model, batch)[4].item() if "rpo_alpha" in options else None
+    assert "nll_loss" not in trainer_of(rows, quick, hooks={"eval_dataset": rows[:6]}).evaluate()
+    found = trainer.evaluate()["eval_nll_loss"]
+    ids, scored = batch["input_ids"][:6], batch["completion_mask"][:6, 1:]
+    logits = trainer.model(input_ids=ids, attention_mask=batch["attention_mask"][:6]).logits[:, :-1]
+    logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    assert found == pytest.approx(float((-(logps * scored).sum() / scored.sum()).detach()), rel=1e-5)
+    assert expected is None or found == pytest.approx(expected, rel=1e-5)
+    trainer.train()
+    assert all("nll_loss" in row for row in trainer.state.log_history if "loss" in row)
 
 
 def test_a_batch_by_hand_changes_nothing_of_a_run(rows, quick) -> None:

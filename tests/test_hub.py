@@ -111,7 +111,10 @@ def test_what_is_uploaded_when_is_what_the_strategy_says(strategy, uploaded, hub
         assert (options["repo_id"], options["token"], options["revision"]) == ("me/better", "hf_secret", "dev")
         assert {"model.safetensors", "tokenizer.json"} <= set(options["held"])
         if options["folder"] == "out":
-            assert options["ignore_patterns"] == ["_*", "checkpoint-*", "samples.md"] and "README.md" in options["held"]
+            assert (
+                options["ignore_patterns"] == ["_*", "checkpoint-*", ".checkpoint-*", "samples.md"]
+                and "README.md" in options["held"]
+            )
     assert hub.uploads[-1]["commit_message"] == "Model save"
 
 
@@ -152,6 +155,19 @@ def test_push_to_hub_makes_the_repository_where_the_run_did_not_and_takes_what_a
     assert front["datasets"] == ["me/pairs"] and front["tags"] == ["fastdpo", "dpo", "mine"]
     job = trainer.push_to_hub("again", blocking=False)
     assert job.result() == "commit 3" and hub.uploads[-1]["run_as_future"]
+
+
+def test_a_card_has_what_the_older_trl_takes_for_it(hub, rows, tokenizer, quick) -> None:
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
+    )
+    given = {"language": "en", "license": "mit", "finetuned_from": "someone/tiny", "tasks": "text-generation"}
+    given |= {"dataset_tags": ["me/pairs", "me/more"], "dataset": "Pairs of mine", "dataset_args": "split: train"}
+    trainer.push_to_hub(**given)
+    front, text = read_card(quick)
+    assert (front["language"], front["license"], front["base_model"]) == ("en", "mit", "someone/tiny")
+    assert front["datasets"] == ["me/pairs", "me/more"] and front["tags"] == ["fastdpo", "dpo", "text-generation"]
+    assert "| data | Pairs of mine, split: train |" in text and "huggingface.co/someone/tiny" in text
 
 
 def test_the_old_names_of_the_options_lead_to_the_new_ones(tmp_path) -> None:

@@ -164,6 +164,8 @@ def test_arguments_of_from_pretrained_send_the_model_to_the_hash_of_its_memory(
     plain = identity(tiny_llama(), rows, tokenizer, quick)
     given = identity(str(directory), rows, tokenizer, quick, model_init_kwargs={"low_cpu_mem_usage": True})
     assert given["weights"] == plain["weights"] and plain["weights"].startswith("memory ")
+    options = {"ref_model": str(directory), "ref_model_init_kwargs": {"low_cpu_mem_usage": True}}
+    assert identity(tiny_llama(), rows, tokenizer, quick, **options)["weights"] == plain["weights"]
     pissa = LoraConfig(r=4, target_modules="all-linear", init_lora_weights="pissa")
     assert identity(str(directory), rows, tokenizer, quick, peft_config=pissa)["weights"].startswith("memory ")
 

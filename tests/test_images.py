@@ -493,6 +493,16 @@ def test_a_text_model_refuses_a_processor(options: dict[str, Any]) -> None:
         fastdpo.train(tiny_llama(), rows_of("llava"), processing_class=made("llava")[1], **options)
 
 
+def test_a_model_without_its_processor_asks_for_one_by_name(options: dict[str, Any], tmp_path: Path) -> None:
+    made("llava")[0].config.save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match="processing_class is missing, and no processor loads from .*alone"):
+        fastdpo.train(str(tmp_path / "alone"), rows_of("llava"), **options)
+    model = copy.deepcopy(made("llava")[0])
+    model.config._name_or_path = ""
+    with pytest.raises(ValueError, match="was not loaded from a place that has a processor: give one"):
+        fastdpo.train(model, rows_of("llava"), **options)
+
+
 def test_a_stream_of_images_is_refused(options: dict[str, Any]) -> None:
     model, processor = made("llava")
     stream = Dataset.from_list(rows_of("llava")).to_iterable_dataset()

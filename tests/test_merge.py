@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import fastdpo
@@ -68,6 +69,15 @@ def test_merging_into_whole_weights_what_was_trained_over_4_bits_is_another_mode
     assert merge(tmp_path) == 0
     other = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
     assert (other - expected).abs().max() > 0.1
+
+
+def test_weights_saved_beside_an_adapter_are_merged_with_it(trained: Any, tmp_path: Path) -> None:
+    expected = trained(False)
+    norm = {"base_model.model.model.norm.weight": torch.full((64,), 2.0)}
+    save_file(norm, tmp_path / "sft/outside_adapters.safetensors")
+    assert merge(tmp_path) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), 2 * expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_new_adapter_trains_on_top_of_the_merged_model(trained: Any, tmp_path: Path, rows: Any, quick: Any) -> None:

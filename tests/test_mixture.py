@@ -54,6 +54,10 @@ def test_weights_are_the_shares_of_an_epoch_which_ends_with_the_first_set_that_d
         for s in (1, 2)
     )
     assert seen == again != other
+    named = {"weak": second, "strong": first}
+    by_name = trainer_of(named, tokenizer, quick, train_dataset_weights={"strong": 3, "weak": 1}, seed=1)
+    kinds = ["first" in text for text in texts(by_name, tokenizer)]
+    assert sum(kinds) == 150 and abs(sum(kinds) / len(kinds) - 0.75) < 0.06
 
 
 def test_streams_are_drawn_by_weight_too(rows, tokenizer, quick) -> None:
@@ -72,12 +76,24 @@ def test_streams_are_drawn_by_weight_too(rows, tokenizer, quick) -> None:
         (lambda rows: [rows, rows], [1.0], r"train_dataset_weights=\[1.0\], and the datasets of train_dataset are 2"),
         (lambda rows: rows, [1.0], "the datasets of train_dataset are 1: give a weight to each of several"),
         (lambda rows: [rows, rows], [1.0, 0.0], r"train_dataset_weights must be above 0, got \[1.0, 0.0\]"),
+        (lambda rows: {"a": rows, "b": rows}, {"a": 1.0, "c": 1.0}, "weights names a, c, .* train_dataset are a, b"),
+        (lambda rows: [rows, rows], {"0": 1.0, "1": 0.0}, "train_dataset_weights must be above 0"),
         (lambda rows: {}, None, "The train dataset is empty"),
         (lambda rows: [rows, Dataset.from_list(rows).to_iterable_dataset()], None, "mixes streams and tables"),
         (lambda rows: {"promt": ["a"], "chosn": ["b"]}, None, "train dataset has the columns 'promt', 'chosn'"),
         (lambda rows: {"good": rows, "bad": [{"text": "x"}]}, None, "train_bad dataset has the columns 'text'"),
     ],
-    ids=["too few weights", "one set", "weight 0", "none", "streams and tables", "a misspelt column", "a bad set"],
+    ids=[
+        "too few weights",
+        "one set",
+        "weight 0",
+        "other names",
+        "weight 0 by name",
+        "none",
+        "streams and tables",
+        "a misspelt column",
+        "a bad set",
+    ],
 )
 def test_what_does_not_go_together_is_refused(make, weights, words, rows, tokenizer, quick) -> None:
     with pytest.raises(ValueError, match=words):

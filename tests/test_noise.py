@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_llama
@@ -128,3 +129,9 @@ def test_what_noise_cannot_be_scaled_for_is_refused(rows, tokenizer, quick) -> N
             **quick,
             neftune_noise_alpha=5.0,
         )
+
+
+def test_rows_of_a_stream_which_have_no_names_are_refused(model: Any, rows: list, tokenizer: Any, quick: dict) -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match="the rows of a stream have no names"):
+        fastdpo.train(model, stream, processing_class=tokenizer, **quick, neftune_noise_alpha=5.0)

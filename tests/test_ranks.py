@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ TESTS = Path(__file__).parent
 PROCESSES = (2, 3)
 # not what one process does
 OF_THEIR_OWN = ("noisy", "a_pair_that_never_fits", "gradients_that_only_some_have", "rows_that_differ")
+OF_THEIR_OWN += ("evaluated_by_one",)
 COMPARED = [name for name in SCENARIOS if name not in OF_THEIR_OWN]
 
 
@@ -151,6 +153,23 @@ def test_no_process_goes_on_before_a_model_is_written(count: int, found: Any) ->
 @pytest.mark.parametrize("count", PROCESSES)
 def test_what_a_callback_asks_for_in_one_process_all_do(count: int, found: Any) -> None:
     assert {result["steps"] for result in found("stopped_by_one", count)} == {2}
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_what_a_callback_asks_for_between_steps_in_one_process_all_do(count: int, found: Any) -> None:
+    for result in found("asked_by_one", count):
+        assert result["steps"] == 2 and sum("eval_loss" in row for row in result["log"]) == 2
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_all_end_after_a_step_where_one_process_asks_for_the_end_before_the_first(count: int, found: Any) -> None:
+    assert {result["steps"] for result in found("stopped_before_the_first_step_by_one", count)} == {1}
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_an_evaluation_in_one_process_alone_is_named(count: int, found: Any) -> None:
+    expected = f"'batch' in process 0.*'evaluation' in process {count - 1}"
+    assert all(re.search(expected, result["error"]) for result in found("evaluated_by_one", count))
 
 
 @pytest.mark.parametrize("count", PROCESSES)

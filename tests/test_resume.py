@@ -17,9 +17,11 @@ import pytest
 import torch
 from conftest import tiny_llama
 from peft import LoraConfig
+from tiny_models import tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer, checkpoint
+from fastdpo.interrupts import Interrupts
 
 LORA = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
 TIMES = ("train_runtime", "per_second", "eval_runtime")
@@ -181,6 +183,8 @@ def test_another_model_other_rows_or_another_order_are_refused(saved, rows, toke
         trainer(rows, tokenizer, quick | {"per_device_train_batch_size": 4}).train(where)
     with pytest.raises(ValueError, match="seed was 42, and is 7"):
         trainer(rows, tokenizer, quick | {"seed": 7}).train(where)
+    with pytest.raises(ValueError, match="beta was 0.1, and is 0.5"):
+        trainer(rows, tokenizer, quick | {"beta": 0.5}).train(where)
     with pytest.raises(ValueError, match="is of another model, or of other adapters"):
         trainer(rows, tokenizer, quick, **LORA).train(where)
     with pytest.raises(ValueError, match="no whole checkpoint: it is not there"):
@@ -205,6 +209,82 @@ def test_a_save_that_fails_leaves_what_was_there(saved, rows, tokenizer, quick, 
     assert "was not written; the checkpoints before it are as they were" in caught.value.__notes__[0]
     assert {path: path.read_bytes() for path in (saved / "checkpoint-2").rglob("*") if path.is_file()} == before
     assert not list(saved.glob(".*"))
+
+
+def test_a_model_with_dropout_of_its_own_goes_on(rows, tokenizer, quick, tmp_path) -> None:
+    """The reference is asked for log-probs before training has turned dropout off."""
+    options = {**quick, "save_strategy": "steps", "save_steps": 2}
+    make = lambda: tiny_model("gpt2", vocab_size=500, n_positions=512).train()  # noqa: E731
+    more = {"make": make, "peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    whole = trainer(rows, tokenizer, options, **more)
+    whole.train()
+    resumed = trainer(rows, tokenizer, options | {"output_dir": str(tmp_path / "again")}, **more)
+    resumed.train(f"{quick['output_dir']}/checkpoint-2")
+    assert_the_same_run(whole, resumed)
+
+
+def test_workers_that_persist_draw_nothing_from_the_random_state_of_dropout(rows, tokenizer, quick, tmp_path) -> None:
+    options = {**quick, "max_steps": 6, "save_strategy": "steps", "save_steps": 5, "disable_dropout": False}
+    options |= {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    more = {"peft_config": LoraConfig(r=4, lora_dropout=0.2)}
+    runs = [trainer(rows, tokenizer, options, **more), trainer(rows, tokenizer, options, **more)]
+    runs[0].train()
+    runs[1].train(f"{quick['output_dir']}/checkpoint-5")
+    assert_the_same_run(*runs)
+
+
+def test_a_signal_amid_an_epoch_leaves_what_belongs_to_its_end_to_the_run_that_goes_on(rows, tokenizer, quick) -> None:
+    options = {**quick, "max_steps": 8, "eval_strategy": "epoch", "logging_strategy": "epoch", "save_strategy": "best"}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}
+    more = {"eval_dataset": rows[:4]}
+    stopped = trainer(rows, tokenizer, options, callbacks=[SendAt(signal.SIGTERM, 5)], **more)
+    with pytest.raises(SystemExit):
+        stopped.train()
+    assert [row["step"] for row in stopped.state.log_history] == [4, 4]
+    resumed = trainer(rows, tokenizer, options, **more)
+    resumed.train(f"{quick['output_dir']}/checkpoint-6")
+    whole = trainer(rows, tokenizer, options | {"output_dir": quick["output_dir"] + "-whole"}, **more)
+    whole.train()
+    assert_the_same_run(resumed, whole)
+
+
+def test_a_run_killed_while_the_old_checkpoint_is_away_finds_the_new_one(saved, rows, tokenizer, quick) -> None:
+    (saved / "checkpoint-2").rename(saved / ".checkpoint-2.writing")
+    shutil.copytree(saved / "checkpoint-1", saved / ".checkpoint-2.old")
+    assert checkpoint.find(True, saved) == saved / "checkpoint-2"
+    assert not checkpoint.damage(saved / "checkpoint-2")
+
+
+def test_a_longer_run_goes_on_with_the_rate_that_its_own_schedule_has(saved, rows, tokenizer, quick) -> None:
+    resumed = trainer(rows, tokenizer, quick | {"max_steps": 8})
+    resumed.train(str(saved / "checkpoint-2"))
+    assert resumed.state.log_history[2]["learning_rate"] == pytest.approx(1e-3 * 6 / 8)
+
+
+def test_the_best_checkpoint_stays_though_output_dir_is_called_otherwise(rows, tokenizer, quick, monkeypatch) -> None:
+    folder = Path(quick["output_dir"])
+    monkeypatch.chdir(folder.parent)
+    options = {**quick, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "eval_strategy": "steps"}
+    options |= {"eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True, "max_steps": 2}
+    trainer(rows, tokenizer, options | {"output_dir": folder.name}, eval_dataset=rows[:4]).train()
+    best = options | {"max_steps": 3, "load_best_model_at_end": True}
+    resumed = trainer(rows, tokenizer, best, eval_dataset=rows[:4])
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.evaluate()["eval_loss"] == pytest.approx(resumed.state.best_metric, abs=1e-6)
+
+
+def test_rows_whose_reference_was_just_computed_stay_known(rows, tokenizer, quick) -> None:
+    options = {**quick, "precompute_ref_log_probs": True, "save_strategy": "steps", "save_steps": 2}
+    trainer(rows, tokenizer, options).train()
+    other = [{**row, "prompt": row["prompt"] + " Now:"} for row in rows[:4]]
+    resumed = trainer(rows, tokenizer, options | {"eval_strategy": "steps", "eval_steps": 1}, eval_dataset=other)
+    resumed.train(f"{quick['output_dir']}/checkpoint-2")
+    assert "eval_loss" in resumed.state.log_history[-2]
+
+
+def test_processes_that_a_callback_forks_end_as_they_are_told() -> None:
+    with Interrupts().noted(), multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(abs, [-1, -2]) == [1, 2]  # and its end sends SIGTERM
 
 
 KILLS = int(os.environ.get("FASTDPO_KILLS", 5))

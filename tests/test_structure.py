@@ -60,11 +60,13 @@ MAY_IMPORT = {
     },
     "step": {"batch", "losses", "model", "ranks"},
     "metrics": {"ranks", "step"},
-    "checkpoint": {"reference"},
-    "merge": {"config", "model", "quantized"},
+    "checkpoint": {"model", "reference"},
+    "merge": {"checkpoint", "config", "model", "quantized"},
     "messages": set(),
     "interrupts": set(),
-    "resume": {"batch", "config", "data", "metrics", "ranks", "reference", "retry", "step"},
+    "resume": {
+        *("batch", "checkpoint", "config", "data", "metrics", "ranks", "reference", "retry", "step", "verdicts"),
+    },
     "hub": {"config"},
     "card": {"config", "losses", "mixture", "model"},
     "mixture": {"rows"},
@@ -73,7 +75,7 @@ MAY_IMPORT = {
         *("batch", "collator", "config", "data", "layout", "metrics", "model", "predictions", "ranks", "reference"),
         "step",
     },
-    "generate": {"batch", "config", "data", "model", "reference", "retry"},
+    "generate": {"batch", "collator", "config", "data", "model", "reference", "retry"},
     "optimizer": {"config"},
 }
 

@@ -43,8 +43,9 @@ def test_options_of_the_constructor_take_precedence_over_those_of_args(rows, tok
         ({"betta": 0.1}, "unknown option 'betta'.*did you mean 'beta'"),
         ({"beta": -1.0}, "beta"),
         ({"evaluation_strategy": "nope"}, "eval_strategy"),
-        ({"generate_during_eval": True}, "generate_during_eval need an eval_dataset"),
+        ({"generate_during_eval": True}, "generate_during_eval needs an eval_dataset"),
         ({"model_init": tiny_llama}, "both model and model_init"),
+        ({"args": 0.1}, "args is a float, expected a DPOConfig.*; 0.11's third argument, beta, is a keyword: beta=0.1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -15,6 +15,7 @@ from conftest import tiny_llama
 from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 
@@ -653,6 +654,25 @@ def test_schedules_that_look_at_the_evaluation_run(schedule, rows, tokenizer, qu
     assert all(row["learning_rate"] > 0 for row in out.history if "learning_rate" in row)
 
 
+def test_only_the_trainers_own_sets_under_their_own_name_step_the_schedule(rows, tokenizer, quick) -> None:
+    """It remembers the KeyError that another prefix ended in."""
+    quick |= {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    trainer = fastdpo.train(tiny_llama(), rows, rows[:3], processing_class=tokenizer, **quick).trainer
+    steps, best = trainer.lr_scheduler.last_epoch, trainer.state.best_metric
+    assert "test_loss" in trainer.evaluate(rows[:2], metric_key_prefix="test")
+    trainer.evaluate(rows[:2])
+    assert (trainer.lr_scheduler.last_epoch, trainer.state.best_metric) == (steps, best)
+    trainer.evaluate()
+    assert trainer.lr_scheduler.last_epoch == steps + 1
+
+
+def test_metrics_of_the_trainers_own_sets_take_the_prefix(rows, tokenizer, quick) -> None:
+    sets, config = {"a": rows[:2], "b": rows[2:5]}, fastdpo.DPOConfig(**quick)
+    trainer = fastdpo.DPOTrainer(tiny_llama(), args=config, eval_dataset=sets, processing_class=tokenizer)
+    names = {name.replace("eval_", "final_", 1) for name in trainer.evaluate()}
+    assert trainer.evaluate(metric_key_prefix="final").keys() == names and "final_a_loss" in names
+
+
 def test_evaluation_rows_are_remembered_while_a_stream_trains(rows, tokenizer, quick) -> None:
     stream = Dataset.from_list(rows).to_iterable_dataset()
     trainer = fastdpo.DPOTrainer(
@@ -710,15 +730,50 @@ def test_adapters_that_packed_pairs_have_no_place_for_are_refused(rows, tokenize
 
 def test_adapters_that_only_peft_models_own_forward_turns_on_are_refused(rows, tokenizer, quick) -> None:
     """The backbone is called on its own: aLoRA trained nothing, at a loss of 0.6931."""
-    from peft import XLoraConfig
+    from peft import PveraConfig, XLoraConfig
 
     invoked = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", alora_invocation_tokens=[3, 4])
     routed = XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={})
-    for config, said in ((invoked, r"alora_invocation_tokens \(aLoRA\)"), (routed, "XLoraConfig needs calls")):
+    drawn = PveraConfig(target_modules=["q_proj"])
+    refused = {r"alora_invocation_tokens \(aLoRA\)": invoked, "XLoraConfig needs calls": routed}
+    for said, config in (refused | {"PveraConfig draws other weights at each pass": drawn}).items():
         with pytest.raises(ValueError, match=said):
             fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, peft_config=config, **quick)
     with pytest.raises(ValueError, match=r"\(aLoRA\)"):
         fastdpo.token_logps(get_peft_model(tiny_llama(), invoked), torch.arange(3, 9)[None])
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}, {}], ids=str)
+def test_fp32_weights_amid_16_bit_ones_need_autocast(beside: dict[str, Any], rows, tokenizer, quick) -> None:
+    """It ended in an error of torch's about m1 and m2."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], **beside)
+    model: Any = get_peft_model(tiny_llama(attention_bias=True).bfloat16(), config)
+    if not beside:
+        model.get_base_model().model.norm.weight.requires_grad_(True)
+    quick |= {"use_cpu": True, "max_steps": 1}
+    with pytest.raises(ValueError, match=r"trains beside its adapters, in fp32.* Set bf16=True, or load .*float32"):
+        fastdpo.train(model, rows, processing_class=tokenizer, **quick)
+    assert fastdpo.train(model, rows, processing_class=tokenizer, bf16=True, **quick).metrics["train_loss"] > 0
+
+
+def test_what_trains_outside_of_adapters_is_saved_beside_them_and_comes_back_with_the_best_model(
+    rows, tokenizer, quick, tmp_path, caplog
+) -> None:
+    model: Any = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    norm = model.get_base_model().model.norm.weight.requires_grad_(True)
+    worse = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:6]]
+    quick |= {"learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps"}
+    quick |= {"save_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss", "save_only_model": True}
+    with caplog.at_level("WARNING", "fastdpo"):
+        out = fastdpo.train(model, rows, worse, tokenizer=tokenizer, **quick)
+    assert "list their modules in modules_to_save" in caplog.text
+    found = [row["eval_loss"] for row in out.history if "eval_loss" in row]
+    assert found.index(min(found)) == 0 and out.trainer.evaluate()["eval_loss"] == min(found)
+    saved = PeftModel.from_pretrained(tiny_llama(), quick["output_dir"])
+    saved.load_state_dict(load_file(f"{quick['output_dir']}/outside_adapters.safetensors"), strict=False)
+    assert torch.equal(saved.get_base_model().model.norm.weight, norm)  # type: ignore[union-attr]
+    ids = torch.arange(3, 15)[None]
+    assert torch.equal(saved.eval()(ids).logits, out.model(ids).logits)
 
 
 def test_merged_adapters_are_refused_as_they_would_not_train(rows, tokenizer, quick) -> None:

@@ -403,6 +403,20 @@ def test_what_model_init_kwargs_say_of_loading_holds_for_the_options_of_that_nam
     assert given["revision"] == "v1", "the script's own dict stays as it is"
 
 
+def test_fields_of_a_config_among_model_init_kwargs_are_set_on_it(place: Path, tiny: dict[str, Any]) -> None:
+    """TRL's scripts pass use_cache, and a model of its own config file reads it from there, reference or not."""
+    tiny_llama(tie_word_embeddings=True).save_pretrained(place / "model" / "other")
+    training_args = fastdpo.DPOConfig(
+        **tiny,
+        model_init_kwargs={"use_cache": False, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        ref_model_init_kwargs={"rms_norm_eps": 0.01, "subfolder": "other"},
+    )
+    trainer = fastdpo.DPOTrainer(str(place / "model"), str(place / "model"), args=training_args, train_dataset=ROWS)
+    assert trainer.model.config.use_cache is False and trainer.model.config.rope_parameters["factor"] == 2.0
+    reference = trainer.ref_model
+    assert reference.config.tie_word_embeddings and reference.model.norm.variance_epsilon == 0.01
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -147,7 +147,11 @@ def test_evaluation_and_precomputed_references_take_them_too(tokenizer, quick, t
     ("change", "options", "words"),
     [
         ({}, {"loss_type": "sigmoid"}, r"loss_type=\['sigmoid'\] compares two answers to one prompt: pair them first"),
-        ({}, {"loss_type": ["aot_unpaired", "sft"]}, "pair them first"),
+        (
+            {},
+            {"loss_type": ["aot_unpaired", "sft"]},
+            r"aot_unpaired trains alone, and loss_type has \['sft'\] beside it",
+        ),
         ({}, {"ld_alpha": 0.5}, "do not go with ld_alpha"),
         ({"label": True}, {}, "All completions of the train dataset are liked"),
         ({"label": "yes"}, {}, "row 0: column 'label' is 'yes', expected true"),
