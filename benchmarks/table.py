@@ -196,7 +196,11 @@ def _giga(count: float) -> str:
     return f"{count / 1e9:.1f}"
 
 
-SEVERAL_PROCESSES = "a step in several processes on GPUs over NCCL, against one: it has not run, nor is there a command"
+WITHOUT_COMMAND = (
+    "a step in several processes on GPUs over NCCL, against one: it has not run, nor is there a command",
+    "encoder-decoders, rows with images, embedding noise, samples and runs that go on: none has run on a GPU, nor is "
+    "there a command",
+)
 RENDER = {"step": render, "parts": parts.render, "trace": trace.render, "memory": memory_table.render}
 
 
@@ -250,7 +254,7 @@ def unmeasured(folder: Path) -> list[str]:
         if not (folder / file_name(*key)).exists()
     ]
     found = (folder / memory_table.file_name(CUDA.name, memory_table.MODEL)).exists()
-    return missing + ([] if found else [memory_table.unmeasured()]) + [SEVERAL_PROCESSES]
+    return missing + ([] if found else [memory_table.unmeasured()]) + [*WITHOUT_COMMAND]
 
 
 def _weights(device: str, model: str) -> str:

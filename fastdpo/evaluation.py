@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -33,7 +33,8 @@ from fastdpo.optimizer import STEPPED_BY_EVALUATION
 from fastdpo.predictions import Predictions
 from fastdpo.ranks import Ranks
 from fastdpo.retry import Retry
-from fastdpo.step import PAIR_METRICS, TOKEN_METRICS, PreferenceStep
+from fastdpo.step import PAIR_METRICS, ROUTER_METRICS, TOKEN_METRICS, PreferenceStep, scores_chosen
+from fastdpo_kernels.pair_loss import PairwiseLoss
 
 
 class Evaluation(ByHand):
@@ -145,18 +146,6 @@ class Evaluation(ByHand):
         hooks = self.compute_metrics, self.preprocess_logits_for_metrics
         return Predictions(self.policy, self.args, self.ranks, self.layout.pad_token_id, *hooks)
 
-    def _check_best_metric(self) -> None:
-        metrics = [*PAIR_METRICS, *TOKEN_METRICS]
-        metrics += ["nll_loss"] if self._preference_step(training=False).scores_chosen else []
-        known = [f"{name}_{metric}" for name in self._eval_tables for metric in metrics]
-        if self.compute_metrics is not None:  # what it gives is seen at the first evaluation
-            return
-        if self.args.metric_for_best_model and self._eval_tables and _best_key(self.args) not in known:
-            raise ValueError(
-                f"metric_for_best_model={self.args.metric_for_best_model!r} is not what evaluation gives: one of "
-                f"{', '.join(name.removeprefix('eval_') for name in known)}"
-            )
-
     def _note_best(self, value: float) -> None:
         args, state = self.args, self.state
         best = state.best_metric
@@ -186,6 +175,19 @@ def _keep_rows(
     if predictions is not None:
         pairs = {key: pair for batch in batches for key, pair in zip(batch.keys, pairs_of(batch), strict=True)}
         predictions.add([pairs[key] for key, _ in batches.places], places, own[:, 2])
+
+
+def check_best_metric(args: DPOConfig, sets: Iterable[str], loss: PairwiseLoss, compute_metrics: Any) -> None:
+    """Raises ValueError for a `metric_for_best_model` that no evaluation gives, as far as it is known before the first:
+    what compute_metrics gives is seen there.
+    """
+    metrics = [*PAIR_METRICS, *TOKEN_METRICS, *ROUTER_METRICS, *(["nll_loss"] if scores_chosen(loss) else [])]
+    known = [f"{name}_{metric}" for name in sets for metric in metrics]
+    if args.metric_for_best_model and known and compute_metrics is None and _best_key(args) not in known:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not what evaluation gives: one of "
+            f"{', '.join(name.removeprefix('eval_') for name in known)}"
+        )
 
 
 def _best_key(args: DPOConfig) -> str:

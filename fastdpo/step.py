@@ -66,6 +66,13 @@ class Computed(NamedTuple):
     sums: Tensor  # (len(SUMS),) fp64, without gradient
 
 
+def scores_chosen(loss: PairwiseLoss) -> bool:
+    """Whether the cross-entropy of the chosen tokens is a part of the loss, and their log-probs are summed plainly
+    (`ld_alpha` weighs them).
+    """
+    return loss.ld_alpha is None and any(term.per == "batch_token" for term in loss.terms)
+
+
 @dataclass(frozen=True)
 class PreferenceStep:
     """The method with everything that varies chosen: call it with an optimizer batch."""
@@ -109,10 +116,7 @@ class PreferenceStep:
 
     @property
     def scores_chosen(self) -> bool:
-        """Whether the cross-entropy of the chosen tokens is a part of the loss, and their log-probs are summed plainly
-        (`ld_alpha` weighs them).
-        """
-        return self.loss.ld_alpha is None and any(term.per == "batch_token" for term in self.loss.terms)
+        return scores_chosen(self.loss)
 
     @property
     def _couples_pairs(self) -> bool:

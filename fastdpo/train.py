@@ -33,6 +33,7 @@ from fastdpo.batch import OptimizerBatch, PreferenceBatch, Share
 from fastdpo.compiled import compiled_blocks
 from fastdpo.config import DPOConfig
 from fastdpo.data import text_part
+from fastdpo.evaluation import check_best_metric
 from fastdpo.generate import Sampler
 from fastdpo.hub import Repository
 from fastdpo.interrupts import Interrupts, end
@@ -141,6 +142,7 @@ class DPOTrainer(Surface):
 
         self.processing_class = build.find_tokenizer(processing_class or tokenizer, model, args)  # type: ignore[arg-type]
         tables = build.build_eval_tables(eval_dataset, self.processing_class, args)
+        check_best_metric(args, tables, pairwise_loss(args), compute_metrics)
         if train_dataset is not None:
             tables["train"] = build.build_train_table(train_dataset, self.processing_class, args)
         self._dataset_names = hub_names(train_dataset)
@@ -222,7 +224,7 @@ class DPOTrainer(Surface):
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: the trainer was built without one")
         args.validate()
-        self._check_best_metric()
+        check_best_metric(args, self._eval_tables, self.loss, self.compute_metrics)
         started = time.time()
         self._start_engine()
         loader = self.get_train_dataloader()

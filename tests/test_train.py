@@ -248,6 +248,13 @@ def test_the_same_seed_gives_bitwise_the_same_run_and_workers_change_nothing(row
         assert all(torch.equal(value, other[name]) for name, value in runs[0][0].items())
 
 
+def test_a_metric_that_no_evaluation_gives_is_refused_before_a_model_loads(rows, tokenizer, quick, monkeypatch) -> None:
+    monkeypatch.setattr("fastdpo.build.build_policy", None)
+    config = fastdpo.DPOConfig(**quick | {"eval_strategy": "steps", "metric_for_best_model": "rewards/margin"})
+    with pytest.raises(ValueError, match="'rewards/margin' is not what evaluation gives: one of loss, rewards/chosen"):
+        fastdpo.DPOTrainer(tiny_llama(), args=config, eval_dataset=rows[:4], processing_class=tokenizer)
+
+
 def test_options_of_the_loader_reach_it_and_need_workers(rows, tokenizer, quick) -> None:
     options = {"dataloader_in_order": False, "dataloader_num_workers": 1}
     config = fastdpo.DPOConfig(**quick | options)
