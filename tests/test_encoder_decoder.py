@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import SIZES, gradient_error, gradients, random_pairs
 from tokenizers_for_tests import CHAT, PLAIN, byte_level, pairs_of
@@ -67,6 +69,8 @@ def plain_logps(model: nn.Module, pairs: list[TokenPair], start: int) -> Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_log_probs_and_gradients_are_those_of_the_models_own_forward(name: str) -> None:
+    if name == "umt5" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("in transformers 5.17 tokens of UMT5's decoder see later ones, which is refused")
     model = tiny(name)
     layout = find_layout(Policy(model))
     logps, _ = Policy(model)(layout.collate(PAIRS))
