@@ -128,9 +128,7 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
 def _settle_kind(model: Any, ref_model: Any, config: DPOConfig) -> None:
     """Whether the models are encoder-decoders, into `is_encoder_decoder`."""
     kinds = {
-        name: model_kind(load_model_config(source, config, name == "ref_model"))
-        if isinstance(source, str)
-        else model_kind(base_model(source).config) or "decoder-only"  # a class of somebody's own
+        name: _kind(source, config, name == "ref_model")
         for name, source in (("model", model), ("ref_model", ref_model))
         if source is not None
     }
@@ -153,6 +151,12 @@ def _settle_kind(model: Any, ref_model: Any, config: DPOConfig) -> None:
         raise ValueError(f"memory='auto' has no plan for {kinds['model']} models: leave it out")
 
 
+def _kind(source: Any, config: DPOConfig, is_reference: bool = False) -> str:
+    if isinstance(source, str):
+        return model_kind(load_model_config(source, config, is_reference))
+    return model_kind(base_model(source).config) or "decoder-only"  # a class of somebody's own
+
+
 def check_padded_rows(model: Any, hooks: Mapping[str, Any], config: DPOConfig) -> None:
     """`hooks` are the functions that see padded rows, by name; None where there is none. After `check_models`."""
     for name, hook in hooks.items():
@@ -160,8 +164,7 @@ def check_padded_rows(model: Any, hooks: Mapping[str, Any], config: DPOConfig) -
             continue
         if not callable(hook):
             raise ValueError(f"{name} is a {type(hook).__name__}, expected a function")
-        own = load_model_config(model, config) if isinstance(model, str) else base_model(model).config
-        if (kind := model_kind(own)) not in ("", "decoder-only"):
+        if (kind := _kind(model, config)) != "decoder-only":
             raise ValueError(f"{name} sees rows of decoder-only models of text, and model is {kind}: leave it out")
     if hooks["data_collator"] is not None and (config.precompute_ref_log_probs or config.ref_log_probs):
         raise ValueError(
@@ -244,8 +247,7 @@ def find_tokenizer(processing_class: Any, model: Model, config: DPOConfig) -> An
     """The given tokenizer, or the one that comes with the model, with a pad token; the processor of a model that sees
     images. Raises ValueError where there is none.
     """
-    own = load_model_config(model, config) if isinstance(model, str) else base_model(model).config
-    sees_images = model_kind(own) == "vision-language"
+    sees_images = _kind(model, config) == "vision-language"
     if processing_class is None:
         name = model if isinstance(model, str) else base_model(model).config._name_or_path
         if not name:

@@ -44,7 +44,7 @@ def save_model(model: PreTrainedModel | PeftModel, processing_class: Any, direct
     outside = unsaved_by_peft(model) if isinstance(model, PeftModel) else {}
     (directory / OUTSIDE).unlink(missing_ok=True)  # of an earlier run
     if outside:
-        save_file({name: parameter.detach().contiguous() for name, parameter in outside.items()}, directory / OUTSIDE)
+        _save(outside, directory / OUTSIDE)
     if processing_class is not None:
         processing_class.save_pretrained(str(directory))
 
@@ -75,8 +75,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_trained(model: nn.Module, directory: Path) -> None:
-    tensors = {name: parameter.detach().contiguous() for name, parameter in trained_parameters(model).items()}
-    save_file(tensors, str(directory / TRAINED))
+    _save(trained_parameters(model), directory / TRAINED)
+
+
+def _save(parameters: dict[str, nn.Parameter], path: Path) -> None:
+    save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, str(path))
 
 
 @torch.no_grad()

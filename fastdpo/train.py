@@ -131,8 +131,7 @@ class DPOTrainer(Surface):
         build.choose_adapters(model, peft_config, args)
         reporters = build.find_reporters(args)
         args.check_output_dir()
-        if args.resume_from_checkpoint:
-            checkpoint.find(args.resume_from_checkpoint, Path(str(args.output_dir)))
+        self._checked_checkpoint = args.resume_from_checkpoint, self._find_checkpoint(args.resume_from_checkpoint)
         self.ranks = find_ranks(args)
         args.disable_tqdm = args.disable_tqdm or not self.ranks.is_main
         self.hub = Repository(args)
@@ -220,7 +219,9 @@ class DPOTrainer(Surface):
             raise ValueError("trial is of transformers' hyper-parameter search: start a run for each trial")
         args = self.args
         resume_from = args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        resumed = checkpoint.find(resume_from, Path(str(args.output_dir))) if resume_from else None
+        asked, found = self._checked_checkpoint  # whose files were all read by now
+        resumed = found if resume_from == asked else self._find_checkpoint(resume_from)
+        self._checked_checkpoint = "", None
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: the trainer was built without one")
         args.validate()
@@ -247,6 +248,7 @@ class DPOTrainer(Surface):
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
         self._position, self._random_state = Position(), None
+        self._rows_in_words = rows_in_words(self.train_dataset, args, self.ranks)
         self._ended_by, self._saved_step = 0, -1
         if resumed is not None:
             self._resume(resumed)
@@ -274,6 +276,9 @@ class DPOTrainer(Surface):
                 self.ranks.equalise(self.policy)
         return self._finish(time.time() - started)
 
+    def _find_checkpoint(self, resume_from: str | bool | None) -> Path | None:
+        return checkpoint.find(resume_from, Path(str(self.args.output_dir))) if resume_from else None
+
     def _resume(self, directory: Path) -> None:
         """Everything as it was when the checkpoint was written, but for what the options say of the run's length."""
         logger.info("resuming from %s", directory)
@@ -300,7 +305,7 @@ class DPOTrainer(Surface):
             retry=self._retry,
             ranks=self.ranks,
             args=self.args,
-            rows=rows_in_words(self.train_dataset, self.args, self.ranks),
+            rows=self._rows_in_words,
             probe=build.probe_batch(self.policy, self.layout),
         )
 
