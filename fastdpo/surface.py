@@ -25,6 +25,7 @@ from transformers import trainer_pt_utils
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from fastdpo import build, card, checkpoint
+from fastdpo.checks import needs_reference
 from fastdpo.evaluation import Evaluation
 from fastdpo.generate import prompts_of
 from fastdpo.hub import Repository
@@ -322,7 +323,7 @@ class Surface(Evaluation):
         ref_logps = torch.stack([reference_chosen_logps, reference_rejected_logps], 1).double()
         each_one = torch.arange(logps.numel() + 1, dtype=torch.int32, device=logps.device)
         mean = None if self.mean_reward is None else self.mean_reward.value
-        given = ref_logps if build.needs_reference(self.args) else None
+        given = ref_logps if needs_reference(self.args) else None
         result = pair_loss(logps.flatten(), each_one, given, self.loss, mean_reward=mean, tokens_per_pair=1.0)
         return result.losses, result.rewards[:, 0], result.rewards[:, 1]
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, enable_full_determinism, set_seed
 
-from fastdpo import build, checkpoint
+from fastdpo import build, checkpoint, checks
 from fastdpo.batch import OptimizerBatch, PreferenceBatch, Share
 from fastdpo.compiled import compiled_blocks
 from fastdpo.config import DPOConfig
@@ -126,9 +126,9 @@ class DPOTrainer(Surface):
         if model_init is not None:
             set_seed(args.seed)
             model = model_init()
-        build.check_models(model, ref_model, args, peft_config)
-        build.check_padded_rows(model, {"data_collator": data_collator, "compute_metrics": compute_metrics}, args)
-        build.choose_adapters(model, peft_config, args)
+        checks.check_models(model, ref_model, args, peft_config)
+        checks.check_padded_rows(model, {"data_collator": data_collator, "compute_metrics": compute_metrics}, args)
+        checks.choose_adapters(model, peft_config, args)
         reporters = build.find_reporters(args)
         args.check_output_dir()
         self._checked_checkpoint = args.resume_from_checkpoint, self._find_checkpoint(args.resume_from_checkpoint)

@@ -61,6 +61,7 @@ MAY_IMPORT = {
     "step": {"batch", "losses", "model", "ranks"},
     "metrics": {"ranks", "step"},
     "checkpoint": {"model", "reference"},
+    "checks": {"attention_backends", "config", "losses", "meta", "model", "quantized"},
     "merge": {"checkpoint", "config", "model", "quantized"},
     "messages": set(),
     "interrupts": set(),
