@@ -69,7 +69,8 @@ def measure_parts(trainer: Any, device: Device, repeat: int) -> dict[str, float]
     """Seconds a step of each part; call it while `trainer` trains."""
     import torch
 
-    from fastdpo.model import base_model, output_head
+    from fastdpo.head import output_head
+    from fastdpo.model import base_model
     from fastdpo.step import TOKEN_STATS
     from fastdpo_kernels.linear_logps import linear_logps
 

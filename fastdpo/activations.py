@@ -48,8 +48,9 @@ from fastdpo.attention import CannotPack, packed_calls
 from fastdpo.attention_backends import Facts, pretend
 from fastdpo.batch import PreferenceBatch
 from fastdpo.data import TokenPair
+from fastdpo.head import output_head
 from fastdpo.layout import Layout, declared_windows
-from fastdpo.model import Policy, backbone, base_model, checkpointing, input_embedding, output_head, without_dropout
+from fastdpo.model import Policy, backbone, base_model, checkpointing, input_embedding, without_dropout
 from fastdpo.offload import HostCopies
 from fastdpo.patching import patched
 from fastdpo.projections import refusal, wider

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastdpo.attention_backends import check_asked
 from fastdpo.config import DPOConfig
+from fastdpo.head import output_head
 from fastdpo.losses import find_loss, pairwise_loss, sees_reference
 from fastdpo.meta import add_meta_adapters, meta_model
 from fastdpo.model import (
@@ -20,7 +21,6 @@ from fastdpo.model import (
     compute_dtype,
     load_model_config,
     model_kind,
-    output_head,
     refuse_adapters,
     refuse_load_options,
 )

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdpo.first_use import rounding
-from fastdpo.model import backbone, base_model, input_embedding, output_head, refuse_adapters
+from fastdpo.head import output_head
+from fastdpo.model import backbone, base_model, input_embedding, refuse_adapters
 from fastdpo.quantized import keep_unpacked
 from fastdpo_kernels.linear_logps import linear_logps
 

@@ -30,6 +30,7 @@ from fastdpo.activations import Activations, Measured, measure_activations, take
 from fastdpo.attention_backends import Facts, choose, device_facts
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths
+from fastdpo.head import output_head
 from fastdpo.losses import pairwise_loss, sees_reference
 from fastdpo.meta import meta_model, meta_policy
 from fastdpo.model import (
@@ -38,7 +39,6 @@ from fastdpo.model import (
     checkpoints_already,
     load_dtype,
     model_kind,
-    output_head,
 )
 from fastdpo.quantized import quantized_by, quantized_scales
 from fastdpo.ranks import BUCKET_BYTES

@@ -23,10 +23,11 @@ from fastdpo.batch import pack
 from fastdpo.build import build_policy, plan_batches
 from fastdpo.config import DPOConfig
 from fastdpo.data import TokenPair
+from fastdpo.head import output_head
 from fastdpo.layout import Layout
 from fastdpo.memory import GiB, MiB, PairLengths, Plan, optimizer_bytes, plan_memory, tensor_bytes
 from fastdpo.meta import meta_policy
-from fastdpo.model import Policy, base_model, checkpointing, load_model_config, output_head, without_dropout
+from fastdpo.model import Policy, base_model, checkpointing, load_model_config, without_dropout
 from fastdpo.optimizer import build_optimizer
 from fastdpo.patching import patched
 from fastdpo.ranks import BUCKET_BYTES, Ranks
