@@ -1,4 +1,4 @@
-# make demo | test | check | gpu | compile-report      everything is set up in .venv first, from constraints.txt
+# make demo | test | soak | check | gpu | compile-report      everything is set up in .venv first, from constraints.txt
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ GPU_TESTS_BLOCK := $(addprefix gpu-tests-,nf4 lora rms_norm rope glu)
 GPU_STAGES := gpu-tests gpu-block-tests gpu-kernels gpu-step $(GPU_STEPS_8B) gpu-step-mistral-nf4 gpu-memory
 GPU_STAGES += gpu-parts gpu-trace
 
-.PHONY: demo test check gpu $(GPU_STAGES) $(GPU_TESTS) $(GPU_TESTS_BLOCK) gpu-step-8b compile-report format clean
+.PHONY: demo test soak check gpu $(GPU_STAGES) $(GPU_TESTS) $(GPU_TESTS_BLOCK) gpu-step-8b compile-report format clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastdpo demo
@@ -20,6 +20,15 @@ demo: $(INSTALLED)
 WORKERS ?= logical
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# The long forms of three tests, one after the other, as one of them measures time; their figures are printed last.
+SOAKED := tests/test_hostile.py tests/test_resume.py::test_a_run_killed_again_and_again_ends_as_if_nothing_had_been
+SOAKED += tests/test_long_run.py
+soak: export FASTDPO_FIGURES := $(CURDIR)/build/soak.txt
+soak: $(INSTALLED)
+	mkdir -p build && rm -f $(FASTDPO_FIGURES)
+	FASTDPO_KILLS=30 FASTDPO_CASES=2000 FASTDPO_STEPS=2000 $(BIN)/python -m pytest -n 0 --timeout 3600 $(SOAKED); \
+	status=$$?; cat $(FASTDPO_FIGURES); exit $$status
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ Cheap checks come first, so that bad input is refused before a model loads.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
@@ -30,7 +31,6 @@ from transformers import (
     ProgressCallback,
 )
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
-from transformers.trainer_callback import CallbackHandler
 
 from fastdpo.attention import CannotPack, backend_report
 from fastdpo.batch import PreferenceBatch
@@ -53,7 +53,7 @@ from fastdpo.images import Processing
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loader import token_budget
 from fastdpo.losses import sees_mean_reward
-from fastdpo.memory import PairLengths, plan_run, runs_fused
+from fastdpo.memory import PairLengths, Plan, plan_run, runs_fused
 from fastdpo.metrics import RunFiles
 from fastdpo.mixture import mixed, several_sets, training_sets
 from fastdpo.model import (
@@ -74,7 +74,10 @@ from fastdpo.quantized import misread_layers, weights_report
 from fastdpo.ranks import Ranks, find_ranks
 from fastdpo.reference import NoReference, Reference, find_reference
 from fastdpo.reference_cache import remember
+from fastdpo.report import HtmlReport
+from fastdpo.sharding import shard
 from fastdpo.step import MeanReward
+from fastdpo.trackers import Callbacks
 from fastdpo_kernels import launch, linear_logps, pair_loss
 from fastdpo_kernels.pair_loss import PairwiseLoss
 
@@ -187,7 +190,7 @@ def build_policy(model: Model, peft_config: Any, config: DPOConfig, ranks: Ranks
         loaded.set_adapter(config.model_adapter_name)
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     prepare_precision(loaded, autocast)
-    ranks.equalise(place(loaded, config.device))
+    _placed(loaded, config, ranks)
     noisy = not config.disable_dropout or config.neftune_noise_alpha is not None
     policy = Policy(loaded, autocast, noisy).train()
     policy.router_coef = _router_coef(base_model(loaded), config)
@@ -216,8 +219,28 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig,
     if ref_model is None:
         return None
     loaded = load_model(ref_model, config, adapters=True, is_reference=True)
-    ranks.equalise(place(loaded, config.device))
-    return Policy(loaded, policy.autocast)
+    return Policy(_placed(loaded, config, ranks), policy.autocast)
+
+
+def frozen_copy(policy: Policy, ref_policy: Policy | None, config: DPOConfig, ranks: Ranks) -> Policy | None:
+    """The reference of a policy that trains in full and is to be sharded, for what is cannot be copied."""
+    if ranks.fsdp is None or ref_policy is not None or isinstance(policy.model, PeftModel):
+        return None
+    return Policy(copy.deepcopy(policy.model), policy.autocast) if needs_reference(config) else None
+
+
+def shard_policies(policies: Iterable[Policy | None], config: DPOConfig, ranks: Ranks) -> None:
+    """Under FSDP2, where each process keeps a share of the weights from here on."""
+    for policy in policies if ranks.fsdp is not None else ():
+        if policy is not None:
+            shard(policy, ranks.fsdp, ranks.equalise, config.device)
+
+
+def _placed(model: Any, config: DPOConfig, ranks: Ranks) -> Any:
+    """On the run's device, and in all processes as in the first; what is to be sharded goes there unit by unit."""
+    if ranks.fsdp is None:
+        ranks.equalise(place(model, config.device))
+    return model
 
 
 def common_layout(
@@ -253,13 +276,21 @@ def _pairs_with_images(tables: Iterable[Table | None]) -> list[TokenPair]:
 
 
 def build_reference(
-    policy: Policy, ref_policy: Policy | None, layout: Layout, config: DPOConfig
+    policy: Policy,
+    ref_policy: Policy | None,
+    layout: Layout,
+    config: DPOConfig,
+    ranks: Ranks,
+    copied: Policy | None = None,
 ) -> Reference | NoReference:
-    """A given reference model, or what the policy starts as; none where nothing depends on it."""
+    """A given reference model, or what the policy starts as (`copied` is that, where it was made before); none where
+    nothing depends on it.
+    """
     if not needs_reference(config):
         return NoReference()
     probe, synced = probe_batch(policy, layout), config.sync_ref_model
-    reference = find_reference(policy, ref_policy, probe, config.ld_alpha, config.ref_adapter_name, synced)
+    reference = find_reference(policy, ref_policy, probe, config.ld_alpha, config.ref_adapter_name, synced, copied)
+    reference.ranks = ranks
     if synced:
         share, steps = config.ref_model_mixup_alpha, config.ref_model_sync_steps
         mixed_factors = ", the adapters' factors mixed" if reference.adapters and share < 1 else ""
@@ -269,8 +300,8 @@ def build_reference(
 
 def probe_batch(policy: Policy, layout: Layout) -> PreferenceBatch:
     """Two small pairs, always the same, on the policy's device."""
-    embedding = input_embedding(policy.model)
-    return layout.collate(probe_pairs(embedding.weight.shape[0])).to(embedding.weight.device)
+    weight = input_embedding(policy.model).weight
+    return layout.collate(probe_pairs(weight.shape[0])).to(weight.device)
 
 
 def plan_batches(
@@ -280,19 +311,19 @@ def plan_batches(
     layout: Layout,
     config: DPOConfig,
     ranks: Ranks,
-) -> None:
-    """On a CUDA device: the memory plan, and from it `max_tokens_per_microbatch` where it is unset, and checkpointing
-    with memory="auto". Raises ValueError where that is asked for and there is no plan.
+) -> Plan | None:
+    """On a CUDA device: the memory plan, where there is one, and from it `max_tokens_per_microbatch` where it is unset,
+    and checkpointing with memory="auto". Raises ValueError where that is asked for and there is no plan.
     """
     if layout.make is not None:
         logger.info("memory: no plan for this kind of model: micro-batches go by pairs")
-        return
+        return None
     if config.device.type != "cuda":
         if config.memory:
             raise ValueError("memory='auto' plans for an NVIDIA GPU, and the run has none: leave it out")
-        return
+        return None
     lengths = PairLengths.of_tables([table for table in tables.values() if table is not None], config, layout.packed)
-    budget = 0
+    budget, plan = 0, None
     try:
         plan = plan_run(policy, reference.policy, config, lengths, layout.packed)
         budget = max(1, plan.token_budget)
@@ -306,6 +337,7 @@ def plan_batches(
     budget = min(theirs[0] for theirs in ranks.exchange("plan", [budget]))  # of the card with least room
     if config.max_tokens_per_microbatch is None:
         config.max_tokens_per_microbatch = budget or None
+    return plan
 
 
 def remember_reference(
@@ -354,13 +386,14 @@ def compute_reference(
     if not frozen:
         loaded.float()  # as what trains in full is
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
-    policy = Policy(place(loaded, config.device), autocast).requires_grad_(False).eval()
     ranks = find_ranks(config)
-    ranks.equalise(policy)
+    policy = Policy(_placed(loaded, config, ranks), autocast).requires_grad_(False).eval()
+    shard_policies([policy], config, ranks)
     tables = check_fit(policy, None, tables, tokenizer, config)
     with fused_blocks([policy], config):
         layout = common_layout(policy, None, tokenizer, config.padding_value, tables.values())
         reference = Reference(policy, nullcontext, f"{source} alone", True, config.ld_alpha)
+        reference.ranks = ranks
         remember(reference, tables, layout, config, source, ranks)
     return reference.known_rows
 
@@ -369,7 +402,8 @@ def build_mean_reward(loss: PairwiseLoss, config: DPOConfig) -> MeanReward | Non
     """The running mean, where the loss compares rewards with one."""
     if not config.bco_running_mean or not sees_mean_reward(loss):
         return None
-    return MeanReward(torch.zeros((), dtype=torch.float64, device=config.device))
+    zero = torch.zeros((), dtype=torch.float64, device=config.device)
+    return MeanReward(zero, zero)
 
 
 def check_fit(
@@ -433,11 +467,11 @@ def find_reporters(config: DPOConfig) -> list[Any]:
         raise ValueError(f"report_to={config.report_to}: {error}") from error
 
 
-def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config: DPOConfig) -> CallbackHandler:
+def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config: DPOConfig) -> Callbacks:
     """transformers' own flow and progress, the run's files, then the reporters' and the user's."""
     shown = PrinterCallback if config.disable_tqdm else ProgressCallback
     every = [DefaultFlowCallback, shown, RunFiles, *callbacks]
-    handler = CallbackHandler(every, policy.model, tokenizer, None, None)
+    handler = Callbacks(every, policy.model, tokenizer, None, None)
     for callback in handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and config.logging_dir:
             callback.logging_dir = config.logging_dir
@@ -476,18 +510,52 @@ def describe(
     fused: Sequence[PatchReport],
     config: DPOConfig,
     ranks: Ranks,
-) -> None:
-    """What the run resolved to, a line each."""
+) -> list[tuple[str, str]]:
+    """What the run resolved to, a line each in the log; -> (what, in words)."""
+    facts = []
+    for fact in _facts(policy, layout, reference, fused, config, ranks):
+        logger.info("%s: %s", *fact)
+        facts.append(fact)
+    return facts
+
+
+def build_report(
+    policy: Policy,
+    tables: Mapping[str, Table | None],
+    reference: Reference | NoReference,
+    facts: Sequence[tuple[str, str]],
+    plan: Plan | None,
+    config: DPOConfig,
+    ranks: Ranks,
+    since: float,
+) -> HtmlReport:
+    model = base_model(policy.model)
+    data = ", ".join(
+        f"{name}: {f'{len(table):,} pairs' if isinstance(table, Dataset) else 'a stream'}"
+        for name, table in tables.items()
+        if table is not None
+    )
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.count
+    title = model.config._name_or_path or type(model).__name__
+    return HtmlReport(config, title, [("data", data), *facts], pairs, plan, reference, since)
+
+
+def _facts(
+    policy: Policy,
+    layout: Layout,
+    reference: Reference | NoReference,
+    fused: Sequence[PatchReport],
+    config: DPOConfig,
+    ranks: Ranks,
+) -> Iterator[tuple[str, str]]:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     total = base_model(policy.model).num_parameters()  # which counts what is packed in one element of 4-bit weights
     device = torch.cuda.get_device_name(config.device) if config.device.type == "cuda" else str(config.device)
     products = str(policy.autocast or next(policy.parameters()).dtype).removeprefix("torch.")
-    logger.info(
-        "model: %s, %s of %s parameters train", type(base_model(policy.model)).__name__, f"{trained:,}", f"{total:,}"
-    )
+    yield "model", f"{type(base_model(policy.model)).__name__}, {trained:,} of {total:,} parameters train"
     if quantized := weights_report(policy):
-        logger.info("base weights: %s", quantized)
-    logger.info("device: %s, matrix products in %s, dropout %s", device, products, _noise_in_words(policy, config))
+        yield "base weights", quantized
+    yield "device", f"{device}, matrix products in {products}, dropout {_noise_in_words(policy, config)}"
     if not fused and (misread := misread_layers(policy)):
         logger.warning(
             "bitsandbytes reads the 4-bit weights of %d layers wrongly on this CPU, such as %s, as their rows end "
@@ -497,27 +565,25 @@ def describe(
             misread[0],
         )
     if ranks.count > 1:
-        logger.info("processes: %d, each with the whole model; gradients are summed once a step", ranks.count)
-    logger.info("layout: %s (%s)", "packed, prompts shared" if layout.packed else "padded", layout.reason)
-    logger.info("reference: %s", reference.description)
+        yield "processes", f"{ranks.count}, each with the whole model; gradients are summed once a step"
+    yield "layout", f"{'packed, prompts shared' if layout.packed else 'padded'} ({layout.reason})"
+    yield "reference", reference.description
     if policy.router_coef:
-        logger.info("routers: %g times their auxiliary loss is added, of each micro-batch", policy.router_coef)
+        yield "routers", f"{policy.router_coef:g} times their auxiliary loss is added, of each micro-batch"
     if config.attn_implementation and layout.packed:
         where = "packed batches and" if policy.asked_attention else "what is not packed, such as"
-        logger.info("attention of %s generation: %s, as asked for", where, config.attn_implementation)
+        yield f"attention of {where} generation", f"{config.attn_implementation}, as asked for"
     for report in fused or ["off, blocks run as transformers has them"]:
-        logger.info("fused kernels: %s", report)
+        yield "fused kernels", str(report)
     kernels = linear_logps.method_report(config.device), pair_loss.method_report(config.device)
-    for name, path in (*kernels[0], *kernels[1], *(backend_report(layout.attention) if layout.packed else [])):
-        logger.info("%s: %s", name, path)
+    yield from (*kernels[0], *kernels[1], *(backend_report(layout.attention) if layout.packed else []))
     budget = token_budget(config, layout)
     weights = config.loss_weights or [1] * len(config.loss_type)
     losses = " + ".join(f"{weight:g} {name}" for name, weight in zip(loss_names(config), weights, strict=True))
-    logger.info(
-        "loss: %s, beta %g, learning rate %g, %d pairs an optimizer step in micro-batches of up to %s",
-        losses,
-        config.beta,
-        config.learning_rate,
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.count,
-        f"{budget} tokens" if budget else f"{config.per_device_train_batch_size} pairs",
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.count
+    size = f"{budget} tokens" if budget else f"{config.per_device_train_batch_size} pairs"
+    yield (
+        "loss",
+        f"{losses}, beta {config.beta:g}, learning rate {config.learning_rate:g}, {pairs} pairs an optimizer step in "
+        f"micro-batches of up to {size}",
     )

@@ -88,7 +88,7 @@ def model_card(run: Run) -> str:
         "## Use it\n\n" + _snippet(run, adapters),
         "## Training\n\n" + _table(("", ""), _facts(run)),
         _metrics(run.state),
-        "## Versions\n\n" + ", ".join(_versions()),
+        "## Versions\n\n" + ", ".join(versions()),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -153,7 +153,7 @@ def _losses(config: DPOConfig) -> Iterable[str]:
         yield link if weight == 1 else f"{weight:g} {link}"
 
 
-def _versions() -> Iterable[str]:
+def versions() -> Iterable[str]:
     for name in PACKAGES:
         try:
             yield f"{name} {importlib.metadata.version(name)}"

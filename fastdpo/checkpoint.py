@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,31 +21,52 @@ from zlib import crc32
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 
 from fastdpo.model import OUTSIDE, unsaved_by_peft
 from fastdpo.reference import FROZEN_ADAPTER
+from fastdpo.sharding import is_sharded, share_like, whole_tree
 
 logger = logging.getLogger(__name__)
 
 FILES = "files.json"  # of a checkpoint: name -> size and checksum
 STATE = "trainer_state.json"
+Weights = Mapping[str, Tensor] | None
 TRAINED = "trained.safetensors"  # what trains, by parameter name and in its own dtype
 
 
-def save_model(model: PreTrainedModel | PeftModel, processing_class: Any, directory: Path) -> None:
-    """Weights (only the adapters of a PeftModel, and beside them what trains outside of them) and tokenizer; a frozen
-    reference adapter stays behind.
+def whole_weights(model: PreTrainedModel | PeftModel, keep: bool) -> Weights:
+    """What `save_model` and `save_trained` write of a model that is sharded, by its names in the state dict, on the CPU
+    of the process that is to `keep` it; all processes call this. None where each holds the whole model.
     """
-    options: dict[str, Any] = {}
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        return None
+    adapters = set(model.peft_config) - {FROZEN_ADAPTER} if isinstance(model, PeftModel) else None
+    found: dict[int, Any] = {}  # tied weights are one, and stay so
+    weights = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if adapters is None or value.requires_grad or not adapters.isdisjoint(name.split(".")):
+            if id(value) not in found:
+                found[id(value)] = whole_tree(value.detach(), keep)
+            weights[name] = found[id(value)]
+    return weights
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel, processing_class: Any, directory: Path, weights: Weights = None
+) -> None:
+    """Weights (only the adapters of a PeftModel, and beside them what trains outside of them) and tokenizer; a frozen
+    reference adapter stays behind. `weights`: of `whole_weights`.
+    """
+    options: dict[str, Any] = {} if weights is None else {"state_dict": dict(weights)}
     if isinstance(model, PeftModel):
         options["selected_adapters"] = [name for name in model.peft_config if name != FROZEN_ADAPTER]
     model.save_pretrained(str(directory), **options)
     outside = unsaved_by_peft(model) if isinstance(model, PeftModel) else {}
     (directory / OUTSIDE).unlink(missing_ok=True)  # of an earlier run
     if outside:
-        _save(outside, directory / OUTSIDE)
+        _save(outside, directory / OUTSIDE, weights)
     if processing_class is not None:
         processing_class.save_pretrained(str(directory))
 
@@ -74,12 +96,13 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def save_trained(model: nn.Module, directory: Path) -> None:
-    _save(trained_parameters(model), directory / TRAINED)
+def save_trained(model: nn.Module, directory: Path, weights: Weights = None) -> None:
+    _save(trained_parameters(model), directory / TRAINED, weights)
 
 
-def _save(parameters: dict[str, nn.Parameter], path: Path) -> None:
-    save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, str(path))
+def _save(parameters: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
+    chosen = parameters if weights is None else {name: weights[name] for name in parameters}
+    save_file({name: value.detach().contiguous() for name, value in chosen.items()}, str(path))
 
 
 @torch.no_grad()
@@ -93,7 +116,7 @@ def load_trained(model: nn.Module, directory: Path) -> None:
             "another shape. Resume with the model and the options that the run began with"
         )
     for name, parameter in ours.items():
-        parameter.copy_(saved[name])
+        parameter.copy_(share_like(saved[name], parameter))
 
 
 @contextmanager
@@ -105,18 +128,22 @@ def written_whole(directory: Path) -> Iterator[Path]:
     draft, old = (directory.with_name(f".{directory.name}.{word}") for word in ("writing", "old"))
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
     try:
+        draft.mkdir(parents=True)
         yield draft
         files = [path for path in sorted(draft.rglob("*")) if path.is_file()]
         listed = {str(path.relative_to(draft)): [path.stat().st_size, _checksum(path)] for path in files}
         (draft / FILES).write_text(json.dumps(listed, indent=1))
         for path in [*files, draft / FILES, *(folder for folder in draft.rglob("*") if folder.is_dir()), draft]:
             _to_disk(path)
-    except BaseException as error:
+    except BaseException as error:  # safetensors' and torch's, too, which are no OSErrors where a disk is full
+        written, free = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file()), free_bytes(draft)
         shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError):
-            error.add_note(f"fastdpo: {directory} was not written; the checkpoints before it are as they were")
+        error.add_note(
+            f"fastdpo: {directory} was not written; the checkpoints before it are as they were. {_mib(written)} of it "
+            f"were there, and {_mib(free)} free: if it was that, make room, by a lower save_total_limit perhaps, and "
+            "go on with resume_from_checkpoint=True"
+        )
         raise
     if directory.exists():  # of an earlier run
         directory.rename(old)
@@ -132,6 +159,47 @@ def recover(output_dir: Path) -> None:
             directory = output_dir / left.name.removeprefix(".").removesuffix(f".{word}")
             if not directory.exists() and not damage(left):
                 left.rename(directory)
+
+
+def tidy(output_dir: Path) -> None:
+    """Recovers what is whole, and removes what killed runs left half-written."""
+    recover(output_dir)
+    for word in ("writing", "old"):
+        for left in output_dir.glob(f".checkpoint-*.{word}"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def size_of(model: nn.Module, optimizer: Any, only_model: bool) -> int:
+    """Bytes of a checkpoint, but for what is small, and for optimizer states that the first update makes."""
+    trained = sum(parameter.nbytes for parameter in trained_parameters(model).values())
+    weights = trained if isinstance(model, PeftModel) else sum(parameter.nbytes for parameter in model.parameters())
+    states = (value for state in optimizer.state.values() if isinstance(state, dict) for value in state.values())
+    return weights if only_model else weights + trained + sum(one.nbytes for one in states if isinstance(one, Tensor))
+
+
+def check_room(output_dir: Path, free: int, size: int, kept: int) -> None:
+    """Raises ValueError where there is none for a checkpoint, and warns where there is none for all of them."""
+    if free < size:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} has {_mib(free)} free, and a checkpoint takes {_mib(size)}: make room or "
+            "give another directory; save_only_model=True takes less, save_strategy='no' saves none"
+        )
+    if free < kept * size:
+        logger.warning(
+            "output_dir has %s free, room for %d checkpoints of %s, and this run comes to have %d: set a lower "
+            "save_total_limit, or save less often",
+            *(_mib(free), free // size, _mib(size), kept),
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Of the disk that a path is on, or will be."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def _checksum(path: Path) -> int:
@@ -156,10 +224,15 @@ def damage(directory: Path) -> str:
         return "it is not there"
     try:
         listed = json.loads((directory / FILES).read_text())
-    except (OSError, ValueError):
+        listed = {name: (size, checksum) for name, (size, checksum) in listed.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"it has no {FILES} that can be read: it was written by another program, or by an earlier version"
+    if STATE not in listed:
+        return f"{FILES} lists no {STATE}: it is no checkpoint of a run"
     for name, (size, checksum) in listed.items():
         path = directory / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+            return f"{FILES} lists {name!r}, which is not a file of the checkpoint's own"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -188,12 +261,25 @@ def find(resume_from: str | bool, output_dir: Path) -> Path:
     )
 
 
+def load_state(directory: Path) -> TrainerState:
+    """Of a checkpoint's callbacks and log. Raises ValueError for what is no such state."""
+    try:
+        state = TrainerState.load_from_json(str(directory / STATE))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{directory / STATE} cannot be read ({error}): resume from another checkpoint") from error
+    steps = state.global_step, state.best_global_step or 0  # which name folders
+    if not all(type(step) is int for step in steps) or not isinstance(state.log_history, list):
+        raise ValueError(f"{directory / STATE} holds no state of a run: resume from another checkpoint")
+    return state
+
+
 def remove_old(output_dir: Path, newest: Path, state: TrainerState, limit: int | None) -> None:
     """The oldest checkpoints beyond `limit`, but never the newest and the best one."""
     if limit:
         best = state.best_model_checkpoint
         kept = {newest.resolve()} | ({Path(best).resolve()} if best else set())
-        others = [path for path in checkpoints(output_dir) if path.resolve() not in kept and not path.is_symlink()]
+        ours = [path for path in checkpoints(output_dir) if not path.is_symlink() and (path / FILES).is_file()]
+        others = [path for path in ours if path.resolve() not in kept]
         for old in others[: max(0, len(others) + len(kept) - limit)]:
             shutil.rmtree(old)
 
@@ -205,5 +291,6 @@ def path_of(output_dir: Path, state: TrainerState) -> Path:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a directory, oldest step first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    named = (path for path in output_dir.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name))
+    found = [path for path in named if path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ def check_models(model: Any, ref_model: Any, config: DPOConfig, peft_config: Any
     if not isinstance(model, str):
         refuse_load_options(model, config)
     refuse_adapters([peft_config, *getattr(model, "peft_config", {}).values()])
+    if odd := [name for name in getattr(model, "peft_config", {}) if Path(name).name != name]:
+        raise ValueError(
+            f"an adapter is called {odd[0]!r}, and is saved in a folder of its name: load it under another"
+        )
     if peft_config is not None and not isinstance(peft_config, PeftConfig):
         raise ValueError(f"peft_config is a {type(peft_config).__name__}, expected a config of peft such as LoraConfig")
     of_lora = ["use_peft"] if config.use_peft else config.given_lora_options()

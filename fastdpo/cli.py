@@ -109,7 +109,7 @@ def _merge(inputs: argparse.Namespace, options: dict[str, Any]) -> None:
 def _run(command: Callable[..., int | None], inputs: argparse.Namespace, options: dict[str, Any]) -> int:
     try:
         return command(inputs, options) or 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if inputs.traceback:
             raise
         return _told(error, str(error))

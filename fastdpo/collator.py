@@ -117,7 +117,7 @@ def _sides(batch: Any, label_pad_token_id: int) -> list[tuple[Tensor, Tensor, Te
     joint = isinstance(batch, Mapping) and "input_ids" in batch
     wanted = JOINT_KEYS if joint else (*SIDE_KEYS["chosen"], *SIDE_KEYS["rejected"])
     _check_keys(batch, wanted)
-    found = {name: torch.as_tensor(batch[name]) for name in wanted}
+    found = {name: _tensor(name, batch[name]) for name in wanted}
     if joint:
         ids, seen, scored = found.values()
         _check_shapes(JOINT_KEYS, (ids, seen, scored))
@@ -136,6 +136,16 @@ def _sides(batch: Any, label_pad_token_id: int) -> list[tuple[Tensor, Tensor, Te
             )
         sides.append((ids, seen.bool(), scored))
     return sides
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{name} of a padded batch is a {type(value).__name__} that makes no tensor ({error}): expected (rows, "
+            "tokens) whole numbers"
+        ) from error
 
 
 def _check_shapes(names: Sequence[str], values: Sequence[Tensor]) -> None:

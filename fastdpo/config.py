@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import types
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from fastdpo.sharding import asked_plugin
 from fastdpo.verdicts import (
     CHECKPOINT_KWARGS,
     CHOICES,
@@ -33,6 +35,7 @@ from fastdpo.verdicts import (
     RANGES,
     REFUSED_OPTIMIZERS,
     VERDICTS,
+    brief,
     changes_nothing,
     nearest,
     present_names,
@@ -199,6 +202,11 @@ class DPOConfig(TrainingArguments):
         "Tokens of a micro-batch; changes no result. Unset: per_device_train_batch_size pairs, on a CPU 512 tokens.",
     )
 
+    # Numbers that go wrong
+    on_nonfinite: str = _option(
+        "raise", "End the run at a loss or gradient that is not finite, or skip its step; it never reaches the weights"
+    )
+
     # Inherited options with a default of ours, or that transformers dropped or has in some versions only
     learning_rate: float | None = _option(None, "Peak learning rate; unset: 1e-6 for full training, 2e-5 for adapters.")
     train_sampling_strategy: str = _option("random", "Order of the rows")
@@ -229,6 +237,7 @@ class DPOConfig(TrainingArguments):
     ref_model_init_kwargs: dict | str | None = _option(
         None, "Arguments of from_pretrained for ref_model, in place of model_init_kwargs."
     )
+    report_html: bool = _option(True, "Write output_dir/report.html: curves, options, memory and samples on one page.")
     router_aux_loss_coef: float | None = _option(
         None, "Weight of the routers' auxiliary loss of a mixture of experts. Unset: as the model's config asks for."
     )
@@ -244,6 +253,7 @@ class DPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         self._normalise()
         self._check()
+        self._check_launcher()
         # 5.23 calls the older name deprecated, which is no news to whoever sets either; one name is kept from here on.
         self.activation_checkpointing = self.gradient_checkpointing
         self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
@@ -273,6 +283,12 @@ class DPOConfig(TrainingArguments):
 
     def _normalise(self) -> None:
         """One form for each option: a list for one name, a dict for JSON, one name for checkpointing, bf16 decided."""
+        for name in _defaults(type(self)):
+            dimensions = getattr(value := getattr(self, name), "ndim", None)
+            if dimensions:
+                raise ValueError(f"{name} must be one value or a list, got an array: {brief(value)}.")
+            if dimensions == 0:
+                setattr(self, name, value.item())  # numpy's numbers
         for name in _LISTS:
             value = getattr(self, name)
             single = isinstance(value, (str, Real)) and not isinstance(value, bool) or callable(value)
@@ -324,8 +340,12 @@ class DPOConfig(TrainingArguments):
         if isinstance(given, dict):
             known = [option.name for option in dataclasses.fields(AcceleratorConfig)]
             if unknown := [name for name in given if name not in known]:
-                raise ValueError(f"accelerator_config has an unknown {unknown[0]!r}{nearest(unknown[0], known)}")
+                raise ValueError(f"accelerator_config has an unknown {unknown[0]!r}{nearest(str(unknown[0]), known)}")
             self.accelerator_config = AcceleratorConfig(**given)  # type: ignore[assignment]
+        elif given is not None and not isinstance(given, AcceleratorConfig):
+            raise ValueError(
+                f"accelerator_config={brief(given)} is not supported: expected a dict, its JSON or a file that has it."
+            )
 
     def _join_loading(self) -> None:
         """What model_init_kwargs says of options that have a field goes there, for the tokenizer heeds them, too; and
@@ -401,15 +421,21 @@ class DPOConfig(TrainingArguments):
             if name not in VERDICTS or VERDICTS[name].kind != "works" or name in ENUMS:
                 continue
             value = getattr(self, name)
+            if name == "fsdp" and isinstance(value, bool):  # its hint is of an older form, which names strategies
+                continue
             if name == "loss_type" and isinstance(value, list):
                 value = [given for given in value if not callable(given)]
             if name == "train_dataset_weights" and isinstance(value, dict):  # by the names of the datasets
                 value = list(value.values())
             if not _fits(value, hint):
-                raise ValueError(f"{name} must be {_in_words(hint)}, got {value!r} ({type(value).__name__}).")
-            finite = [] if name == "max_grad_norm" else value if isinstance(value, list) else [value]
-            if any(isinstance(item, float) and not math.isfinite(item) for item in finite):
-                raise ValueError(f"{name} must be finite, got {value!r}.")
+                raise ValueError(f"{name} must be {_in_words(hint)}, got {brief(value)} ({type(value).__name__}).")
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, float) and not math.isfinite(item) and name != "max_grad_norm":
+                    raise ValueError(f"{name} must be finite, got {brief(value)}.")
+                if isinstance(item, Integral) and abs(item) >= 2**32:
+                    raise ValueError(f"{name} must be below 4294967296, got {brief(value)}.")
+                if isinstance(item, str) and re.search("[\0\ud800-\udfff]", item):
+                    raise ValueError(f"{name} must be text without zeros or halves of characters, got {brief(value)}.")
 
     def _check_choices(self) -> None:
         optimizer = getattr(self.optim, "value", self.optim)
@@ -418,10 +444,11 @@ class DPOConfig(TrainingArguments):
                 f"optim={optimizer!r} is not supported: it needs more than parameters and gradients; take "
                 "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor or another that needs no more."
             )
-        for name, choices in CHOICES.items():
+        backends = {"ddp_backend": torch.distributed.Backend.backend_list} if self.ddp_backend is not None else {}
+        for name, choices in {**CHOICES, **backends}.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}{nearest(str(value), choices)}")
+                raise ValueError(f"{name}={brief(value)} is none of {', '.join(choices)}{nearest(str(value), choices)}")
         for name, enum in ENUMS.items():
             setattr(self, name, enum(getattr(self, name)))
 
@@ -430,7 +457,7 @@ class DPOConfig(TrainingArguments):
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not holds(value):
-                    raise ValueError(f"{name} must be {words}, got {value!r}.")
+                    raise ValueError(f"{name} must be {words}, got {brief(value)}.")
 
     def _check_losses(self) -> None:
         from fastdpo.losses import LOSSES, check_idle_options, pairwise_loss  # not for whoever only reads a config
@@ -444,7 +471,7 @@ class DPOConfig(TrainingArguments):
                     "here, or TRL's KTOTrainer."
                 )
             if not callable(given) and given not in LOSSES:
-                raise ValueError(f"unknown loss {given!r}, there are {', '.join(LOSSES)}{nearest(given, LOSSES)}")
+                raise ValueError(f"unknown loss {brief(given)}, there are {', '.join(LOSSES)}{nearest(given, LOSSES)}")
         if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
             raise ValueError(
                 f"loss_weights has {len(self.loss_weights)} numbers, loss_type {len(self.loss_type)} names: give one "
@@ -502,7 +529,7 @@ class DPOConfig(TrainingArguments):
         if not (self.use_peft or self.quantizes):
             for name in self.given_lora_options():
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} has no effect without adapters: set use_peft=True, or leave "
+                    f"{name}={brief(getattr(self, name))} has no effect without adapters: set use_peft=True, or leave "
                     "it out."
                 )
         self._check_quantization()
@@ -542,8 +569,8 @@ class DPOConfig(TrainingArguments):
         compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if getattr(self, name)]
         if compiles and not self.torch_compile:
             raise ValueError(
-                f"{compiles[0]}={getattr(self, compiles[0])!r} has no effect without torch_compile=True: set that, or "
-                "leave it out."
+                f"{compiles[0]}={brief(getattr(self, compiles[0]))} has no effect without torch_compile=True: set that, "
+                "or leave it out."
             )
         if self.fused_kernels and self.torch_compile:
             raise ValueError(
@@ -560,7 +587,7 @@ class DPOConfig(TrainingArguments):
     def check_checkpointing(self) -> None:
         """What `memory` and the options of gradient checkpointing ask for, on whatever device."""
         if self.memory not in (None, "auto"):
-            raise ValueError(f"memory={self.memory!r} is not known: leave it out, or set it to 'auto'.")
+            raise ValueError(f"memory={brief(self.memory)} is not known: leave it out, or set it to 'auto'.")
         chosen = "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"
         if self.memory and (given := [name for name in chosen if getattr(self, name)]):
             raise ValueError(f"memory='auto' chooses {given[-1]}, which is given, too: leave one of them out.")
@@ -633,12 +660,10 @@ class DPOConfig(TrainingArguments):
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if there and local > there:
             raise ValueError(f"{local} processes were launched on {there} GPUs: start one a GPU.")
-        for engine in ("FSDP", "DEEPSPEED"):
-            if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("1", "true"):
-                raise ValueError(
-                    f"accelerate was configured for {engine}, which is not available yet: configure it for MULTI_GPU, "
-                    "where every process holds the whole model."
-                )
+        if self.fsdp_config and not self.fsdp:
+            raise ValueError("fsdp_config was given without fsdp=True: set that, or leave it out.")
+        if asked_plugin(self.fsdp_plugin_args) is not None:
+            self._check_sharded()
         if self.use_cpu and self.device.type != "cpu":
             raise ValueError(
                 f"use_cpu was set after {self.device} had been chosen: give use_cpu=True when the config is made."
@@ -646,6 +671,30 @@ class DPOConfig(TrainingArguments):
         if self.n_gpu > 1:
             logger.info("one process trains on one GPU: %s of %d is used", self.device, self.n_gpu)
             self._n_gpu = 1
+
+    def _check_launcher(self) -> None:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
+            raise ValueError(
+                "accelerate was configured for DEEPSPEED: configure it for FSDP with fsdp_version 2, which shards "
+                "weights, gradients and optimizer states as ZeRO-3 does, or for MULTI_GPU, where every process holds "
+                "the whole model."
+            )
+
+    def _check_sharded(self) -> None:
+        """What does not go together with FSDP2."""
+        reasons = {
+            "fp16": (self.fp16, "its loss scaling is not known to shares of gradients: set bf16=True"),
+            "torch_compile": (self.torch_compile, "compiled blocks and gathered weights were not tried: leave it out"),
+            "memory": (self.memory, "there is no plan for sharded weights: set max_tokens_per_microbatch"),
+            "load_in_4bit": (self.quantizes, "quantised weights are not sharded: configure accelerate for MULTI_GPU"),
+            "save_only_model": (
+                self.save_only_model and self.load_best_model_at_end,
+                "load_best_model_at_end takes what save_only_model leaves out: leave one out",
+            ),
+        }
+        for name, (given, why) in reasons.items():
+            if given:
+                raise ValueError(f"{name}={getattr(self, name)!r} under FSDP2: {why}.")
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it for reporters, with a function in `loss_type` by its name."""
@@ -735,9 +784,9 @@ def _dict_of(name: str, value: Any) -> Any:
     try:
         parsed = json.loads(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{name} must be a dict or its JSON, got {value!r} ({error}).") from error
+        raise ValueError(f"{name} must be a dict or its JSON, got {brief(value)} ({error}).") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"{name} must be a dict or its JSON, got {value!r}.")
+        raise ValueError(f"{name} must be a dict or its JSON, got {brief(value)}.")
     return parsed
 
 

@@ -19,7 +19,7 @@ import json
 import logging
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
@@ -107,6 +107,12 @@ def prepare_tokenizer(tokenizer: Any) -> None:
         inner = " Pass its .tokenizer to train on text." if hasattr(tokenizer, "tokenizer") else ""
         raise ValueError(
             f"processing_class is of type {type(tokenizer).__name__}, expected a transformers tokenizer.{inner}"
+        )
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if odd := [name for name in named if Path(name).name != name]:
+        raise ValueError(
+            f"The tokenizer has a chat template called {odd[0]!r}, and templates are saved as files of their names: "
+            "rename or remove it in tokenizer_config.json, or set tokenizer.chat_template."
         )
     if tokenizer.pad_token_id is not None:
         return
@@ -201,7 +207,7 @@ def tokenize_pairs(
         if unpaired:
             raise ValueError(f"The {name} dataset is a stream of unpaired rows, which are paired all at once: load it.")
         options: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
-        counted = {"encoder": encoder, "tally": Counter()}
+        counted = {"encoder": encoder, "tally": Counter(), "columns": columns}
         return rows.with_format(None).map(_encode_and_count, fn_kwargs=counted, features=_id_features(), **options)
     return _tokenize_table(rows.with_format(None), encoder, config)
 
@@ -269,10 +275,17 @@ def _progress_bars(config: DPOConfig) -> Iterator[None]:
 
 
 def _encode_and_count(
-    batch: dict[str, list], indices: list[int], encoder: RowEncoder, tally: Counter[Any]
+    batch: dict[str, list], indices: list[int], encoder: RowEncoder, tally: Counter[Any], columns: Sequence[str]
 ) -> dict[str, list]:
-    """One batch of a stream, without its dropped rows; the tally lives as long as the stream."""
-    encoded = encoder(batch, indices)
+    """One batch of a stream, without its dropped rows; the tally lives as long as the stream. `columns` are those of
+    its first row; a generator may come with others later.
+    """
+    if others := [column for column in batch if column not in columns]:
+        raise ValueError(
+            f"The {encoder.name} dataset, rows {indices[0]} to {indices[-1]}: the stream has the column {others[0]!r} "
+            "there, and not in its first row: give all rows the same columns."
+        )
+    encoded = encoder({column: batch.get(column, [None] * len(indices)) for column in columns}, indices)
     dropped = tally[EMPTY] + tally[EQUAL]
     tally.update(encoded["fate"])
     kept = [number for number, fate in enumerate(encoded["fate"]) if fate == KEPT]

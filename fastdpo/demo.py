@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description="Teach a tiny model good manners with DPO: no network, no GPU, about a minute on two cores.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--output_dir", default="demo_output", help="where the model, its log and curves.png go")
+    parser.add_argument("--output_dir", default="demo_output", help="where the model, its log and report.html go")
     parser.add_argument("--seed", type=int, default=42, help="seed of the model, the order of rows and the samples")
     parser.add_argument("--pairs", type=int, default=None, help="use only this many training pairs (default: all)")
     parser.add_argument("--warm_up_passes", type=int, default=14, help="passes over the plain text before DPO")
@@ -286,7 +286,7 @@ def introduce(train_rows: list[Row], held_out: list[Row], model: PreTrainedModel
 
 
 def print_history(history: list[dict[str, float]]) -> None:
-    """The evaluations of the run; the whole log is in output_dir/metrics.jsonl and drawn in curves.png."""
+    """The evaluations of the run; the whole log is in output_dir/metrics.jsonl and drawn in report.html."""
     print(f"   {'held out, after epoch':<24}{'loss':>8}{'reward margin':>16}{'reward accuracy':>18}")
     for row in history:
         if "eval_loss" in row:
@@ -314,7 +314,7 @@ def print_side_by_side(prompt: str, before: str, after: str, width: int = 52) ->
 
 
 def conclude(accuracy: float, output_dir: Path, seconds: float) -> int:
-    print(f"\n   curves of loss, margin and accuracy: {output_dir / 'curves.png'}")
+    print(f"\n   the run on one page, for a browser: {output_dir / 'report.html'}")
     print(f"   the trained adapter: {output_dir}")
     print("   next, a model and pairs of your own (one row a line: prompt, chosen, rejected):")
     print(

@@ -98,6 +98,20 @@ class _Row(NamedTuple):
     images: Images | None = None
 
 
+def _whole(row: _Row, where: str) -> _Row:
+    """The row. Raises ValueError for halves of characters, which a stream may bring: no tokenizer takes them."""
+    try:
+        for text in (row.prompt, row.chosen, row.rejected):
+            text.encode()
+    except UnicodeEncodeError as error:
+        half, near = error.object[error.start], error.object[max(error.start - 20, 0) : error.start]
+        raise ValueError(
+            f"{where} has {ascii(half)} after {ascii(near)}, half of a character (a lone surrogate), which is no text: "
+            "remove it, or read the rows with errors='replace'."
+        ) from error
+    return row
+
+
 @dataclass(frozen=True)
 class RowEncoder:
     """Turns a batch of rows into token pairs; sent whole to the processes of `Dataset.map`.
@@ -116,7 +130,8 @@ class RowEncoder:
         if set(ID_COLUMNS) <= set(batch):
             pairs = [(TokenPair(*given_ids(row, where)), False) for row, where in zip(rows, places, strict=True)]
         else:
-            pairs = self._tokenize([self._texts(row, where) for row, where in zip(rows, places, strict=True)], places)
+            texts = [_whole(self._texts(row, where), where) for row, where in zip(rows, places, strict=True)]
+            pairs = self._tokenize(texts, places)
         columns = (*ID_COLUMNS, "fate", "length", "truncated", "moved", *self.image_columns)
         encoded: dict[str, list] = {column: [] for column in columns}
         for whole, moved in pairs:
@@ -192,9 +207,11 @@ class RowEncoder:
     def _render(self, messages: list[dict], options: dict[str, Any], where: str, **more: bool) -> str:
         try:
             return self.renderer.apply_chat_template(messages, **options, **more, tokenize=False)  # type: ignore[return-value]
-        except (TemplateError, TypeError) as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ValueError(f"{where}: the chat template refuses the messages ({roles}): {error}") from error
+        except Exception as error:  # a template is a program: it may divide by zero, or look for what is not there
+            roles, why = ", ".join(message["role"] for message in messages), error
+            if not isinstance(error, (TemplateError, TypeError)):
+                why = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{where}: the chat template refuses the messages ({roles[:200]}): {why}") from error
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

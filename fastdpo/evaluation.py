@@ -83,7 +83,7 @@ class Evaluation(ByHand):
                 f"metric_for_best_model={self.args.metric_for_best_model!r} is neither what evaluation nor what "
                 f"compute_metrics gives: one of {', '.join(name.removeprefix('eval_') for name in metrics)}"
             )
-        if self.args.generate_during_eval and self.ranks.is_main:
+        if self.args.generate_during_eval and (self.ranks.is_main or self.ranks.fsdp is not None):
             for name, table in tables.items():
                 self.sampler.show(name, table, self.state, self.callback_handler.callbacks)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

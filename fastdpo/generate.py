@@ -4,8 +4,8 @@ The same rows of an evaluation set are drawn each time, from `seed`, and answers
 that what changes from step to step is the policy. Sampling leaves the run as it was: its random state, the mode of the
 model and so every number of the training are those of a run without it. Of several processes the first one samples.
 
-They go into the log, `output_dir/samples.md`, and to TensorBoard, Weights & Biases, Comet and MLflow where the run
-reports there.
+They go into the log, `output_dir/samples.md`, the report, and to TensorBoard, Weights & Biases, Comet and MLflow where
+the run reports there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import pair_of
 from fastdpo.model import Policy, base_model, evaluation_mode, learned_positions
 from fastdpo.reference import NoReference, Reference
+from fastdpo.report import HtmlReport
 from fastdpo.retry import collect_memory, out_of_memory
+from fastdpo.sharding import is_sharded
+from fastdpo.trackers import attempt
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +87,8 @@ class Sampler:
                 "samples: none at step %d, out of GPU memory: lower per_device_eval_batch_size", state.global_step
             )
             return
+        if self.config.process_index:
+            return  # it took part in the others' passes
         columns = {"prompt": prompts, "policy": policy, **({} if reference is None else {"reference": reference})}
         rows = list(zip(*(self._decode(ids) for ids in columns.values()), strict=True))
         for row in rows[:LOGGED_ROWS]:
@@ -94,7 +99,7 @@ class Sampler:
             file.write(f"## {name}, step {state.global_step}\n\n{text}\n\n")
         self.continues = True
         for callback in callbacks:
-            _report(callback, name, state.global_step, list(columns), rows, text)
+            attempt(callback, "samples", _report, callback, name, state.global_step, list(columns), rows, text)
 
     def texts(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[str]:
         """Prompts and answers, decoded together."""
@@ -133,14 +138,15 @@ class Sampler:
                 stack.enter_context(torch.autocast(device.type, policy.autocast))
             if config.torch_compile:  # for batches without a cache
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            generated = policy.model.generate(  # type: ignore[operator]
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                max_new_tokens=self._new_tokens(policy, width),
-                do_sample=True,
-                use_cache=True,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
+            options: dict[str, Any] = {
+                "input_ids": input_ids.to(device),
+                "attention_mask": attention_mask.to(device),
+                "max_new_tokens": self._new_tokens(policy, width),
+                "pad_token_id": self.tokenizer.pad_token_id,
+                "synced_gpus": is_sharded(next(policy.parameters())),  # all processes stop together
+            }
+            model: Any = policy.model
+            generated = policy.within(lambda: model.generate(**options, do_sample=True, use_cache=True))
         return generated[:, width:].tolist()
 
     def _new_tokens(self, policy: Policy, width: int) -> int:
@@ -207,8 +213,10 @@ def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _report(
     callback: Any, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[str]], text: str
 ) -> None:
-    """To the tracker that transformers' callback writes to, if it is one of those that show text."""
-    if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+    """To the report, or the tracker that transformers' callback writes to, if it is one of those that show text."""
+    if isinstance(callback, HtmlReport):
+        callback.add_samples(name, step, columns, rows)
+    elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
         callback.tb_writer.add_text(f"samples/{name}", text, step)
     elif isinstance(callback, WandbCallback) and callback._wandb is not None and callback._wandb.run is not None:
         table = callback._wandb.Table(columns=list(columns), data=[list(row) for row in rows])

@@ -23,7 +23,7 @@ from fastdpo.config import DPOConfig
 
 logger = logging.getLogger(__name__)
 
-NEVER_UPLOADED = ["_*", "checkpoint-*", ".checkpoint-*", "samples.md"]
+NEVER_UPLOADED = ["_*", "checkpoint-*", ".checkpoint-*", "samples.md", "report.html", ".report.*"]
 
 
 class Repository:

@@ -35,6 +35,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from fastdpo.model import base_model
+from fastdpo.sharding import whole
 
 FORMAT = 1  # raised when the meaning of a remembered value changes
 WRITTEN = "files written"  # the one part that a copy of the files does not share
@@ -157,7 +158,7 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     on_cpu = sum(value.nbytes for value in kept.values() if value.device.type == "cpu")
     samples, sums = [], []
     for value in kept.values():
-        flat = value.detach().reshape(-1)
+        flat = whole(value.detach()).reshape(-1)
         # an odd stride walks through the columns of a matrix, instead of down one of them
         samples.append(flat[:: (flat.numel() // SAMPLES) | 1].contiguous().view(torch.uint8))
         if value.device.type != "cpu" or on_cpu <= WHOLE_BYTES:
@@ -182,7 +183,7 @@ def adapter_digest(model: nn.Module, adapter: str) -> str:
     config = {key: value for key, value in model.peft_config[adapter].to_dict().items() if key not in IDLE_ADAPTER}
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     described = [f"{name} {tuple(value.shape)} {value.dtype}".encode() for name, value in sorted(state.items())]
-    values = [value.detach().reshape(-1).view(torch.uint8) for _, value in sorted(state.items())]
+    values = [whole(value.detach()).reshape(-1).view(torch.uint8) for _, value in sorted(state.items())]
     return _digest([_json(config), *described, *_bytes_of(values)])
 
 

@@ -12,7 +12,7 @@ Legend: P pairs, T tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from fastdpo.attention import Calls, CannotPack, packed_calls
 from fastdpo.attention_backends import PACKABLE, Facts, Refused, choose
-from fastdpo.batch import PreferenceBatch, encode_decode, pack, pad
+from fastdpo.batch import PreferenceBatch, emptied, encode_decode, pack, pad
 from fastdpo.data import TokenPair
 from fastdpo.images import TOKEN_TYPES, Processing, collate
 from fastdpo.model import Policy, backbone, base_model, input_embedding
 from fastdpo.quantized import states_of_8_bits, without_outliers
+from fastdpo.sharding import is_sharded
 
 # Rounding of two right computations of a logit, relative to the largest one: a wrong mask or position moves a trained
 # model's log-probs by far more. fp64 as fp32: many families compute norms, rotations or softmax in fp32 anyway.
@@ -57,6 +58,10 @@ class Layout:
             )
         return pack(pairs, keys) if self.packed else pad(pairs, keys, self.pad_token_id)
 
+    def empty(self) -> PreferenceBatch:
+        """Without pairs, for a process that takes part in what others do."""
+        return emptied(self.collate([TokenPair([0], [0], [0])]))
+
     def tokens(self, pair: TokenPair) -> int:
         """What a pair costs in this layout: its prompt once, or two rows of its longer side."""
         if self.packed:
@@ -77,8 +82,9 @@ def find_layout(
     rows = input_embedding(policy.model).weight.shape[0]
     pairs = probe_pairs(rows if processing is None else min([rows, *processing.image_tokens])) + list(shown)
     training, autocast = policy.training, policy.autocast
-    fp32 = all(p.dtype == torch.float32 for p in policy.parameters() if p.is_floating_point())
-    sharper = fp32 and autocast is not None and policy.asked_attention != "flash_attention_2"  # which takes no fp32
+    # what is sharded comes in the dtype that computes, and FlashAttention 2 takes no fp32
+    fp32 = all(p.dtype == torch.float32 and not is_sharded(p) for p in policy.parameters() if p.is_floating_point())
+    sharper = fp32 and autocast is not None and policy.asked_attention != "flash_attention_2"
     make = _encoder_decoder(policy, pad_token_id) if base_model(policy.model).config.is_encoder_decoder else None
     if processing is not None:
         known = inspect.signature(backbone(base_model(policy.model)).forward).parameters
@@ -164,7 +170,7 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair], make: Collation | N
         for pair in pairs:
             for response in (pair.chosen, pair.rejected):
                 inputs = {name: ids.to(device) for name, ids in _sequence(replace(pair, chosen=response), make).items()}
-                logits = policy.model(**inputs, use_cache=False).logits[0]
+                logits = _logits(policy, inputs)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 if not logits.isfinite().all():
                     raise ValueError(f"{type(model).__name__} gives logits that are not finite: are its weights whole?")
@@ -182,11 +188,15 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair], make: Collation | N
     return torch.cat(values), rounding * largest
 
 
+def _logits(policy: Policy, inputs: Mapping[str, Tensor]) -> Tensor:
+    return policy.within(lambda: policy.model(**inputs, use_cache=False)).logits[0]
+
+
 def _check_causal(policy: Policy, inputs: dict[str, Tensor], logits: Tensor) -> None:
     *_, (generated, tokens) = inputs.items()
     changed = tokens.clone()
     changed[0, -1] = (changed[0, -1] + 1) % logits.shape[-1]
-    again = policy.model(**{**inputs, generated: changed}, use_cache=False).logits[0].to(logits.dtype)
+    again = _logits(policy, {**inputs, generated: changed}).to(logits.dtype)
     if not torch.allclose(again[:-1], logits[:-1], rtol=1e-2, atol=1e-3 * float(logits.abs().max())):
         raise ValueError(
             f"{type(base_model(policy.model)).__name__} lets a token see later ones (is it an encoder?): "

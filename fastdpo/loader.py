@@ -6,6 +6,7 @@ collation.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from fastdpo.batch import PreferenceBatch, Share, deal, emptied, microbatches, pairs_of
+from fastdpo.batch import PreferenceBatch, Share, deal, microbatches, pairs_of
 from fastdpo.collator import Collator
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths, pair_of, row_key
@@ -66,7 +67,7 @@ class Collate:
         return again
 
     def empty(self) -> PreferenceBatch:
-        return emptied(self.layout.collate([TokenPair([0], [0], [0])]))
+        return self.layout.empty()
 
     def _grouped(self, pairs: Sequence[TokenPair], keys: Sequence[bytes]) -> Share:
         lengths = [self.layout.tokens(pair) for pair in pairs]
@@ -184,6 +185,19 @@ def length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
     if args.max_steps > 0:
         return args.max_steps, args.max_steps / len(loader)
     return math.ceil(args.num_train_epochs * len(loader)), args.num_train_epochs
+
+
+def row_numbers(loader: DataLoader, epoch: int, batches: int, share: Share) -> dict[bytes, int]:
+    """-> a key, and its row's number in the table, of each pair of a share of the optimizer batch that comes after
+    `batches` ones of an epoch. Nothing where pairs have no keys (streams), or workers may change the order of batches.
+    """
+    if not (share.places and loader.in_order):
+        return {}
+    sampler: Any = copy.copy(loader.sampler)
+    size = loader.batch_size or 1
+    sampler.epoch, sampler.skipped = epoch, batches * size
+    dealt = list(islice(sampler, size))
+    return {key: dealt[place] for key, place in share.places}
 
 
 def epoch_batches(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Share]:

@@ -32,8 +32,12 @@ def merge(adapter: str, output_dir: str, model: str | None, config: DPOConfig) -
     about = Path(adapter) / "adapter_config.json"
     if not about.exists():
         raise ValueError(f"adapter={adapter!r} has no adapter_config.json: give the directory that training wrote")
-    base = model or json.loads(about.read_text()).get("base_model_name_or_path")
-    if not base:
+    try:
+        described = json.loads(about.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{about} is no json ({error}): give the directory that training wrote") from error
+    base = model or (described.get("base_model_name_or_path") if isinstance(described, dict) else None)
+    if not base or not isinstance(base, str):
         raise ValueError(f"the adapter in {adapter} does not name its base: give it as model")
     if Path(output_dir).resolve() in (Path(adapter).resolve(), Path(base).resolve()):
         raise ValueError(f"output_dir={output_dir!r} holds the adapter or its base: give another")

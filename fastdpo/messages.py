@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import Any
+
+WARNINGS: deque[tuple[float, str]] = deque(maxlen=200)  # of this process, the last ones: when, and what it said
+
+
+class _Kept(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        WARNINGS.append((record.created, record.getMessage()))
+
+
+_KEPT = _Kept(logging.WARNING)
 
 
 def show_messages(config: Any = None) -> None:
@@ -17,5 +28,6 @@ def show_messages(config: Any = None) -> None:
         package.setLevel(config.get_process_log_level())  # type: ignore[union-attr]
     elif config is not None and not config.should_log and package.level < logging.ERROR:
         package.setLevel(logging.ERROR)  # of several processes the first one speaks
-    if not package.handlers and not logging.getLogger().handlers:
+    if not set(package.handlers) - {_KEPT} and not logging.getLogger().handlers:
         package.addHandler(logging.StreamHandler())
+    package.addHandler(_KEPT)  # once, however often it is added

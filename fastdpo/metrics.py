@@ -7,6 +7,7 @@ tokens.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from fastdpo.ranks import Ranks
 from fastdpo.step import PAIR_METRICS, ROUTER_METRICS, SUMS, TOKEN_METRICS, PreferenceStep
+
+logger = logging.getLogger(__name__)
 
 _COUNTS = {"entropy": "scored_tokens", "logits/chosen": "chosen_tokens", "logits/rejected": "rejected_tokens"}
 _COUNTS["mean_token_accuracy"] = "chosen_tokens"
@@ -77,40 +80,61 @@ class Running:
     window_loss: float = 0.0
     mean_loss: float = 0.0
     logged_steps: int = 0
+    counted_steps: int = 0  # those that mean_loss is of
+    skipped_steps: int = 0  # see nonfinite.py
 
     def __post_init__(self) -> None:
         self.sums = MetricSums(bool(self.step.router_coef), self.step.scores_chosen)
 
-    def logged(self, loss: float, step: int) -> None:
-        """The mean over the run, from the means over its windows of steps."""
-        self.window_loss = loss
-        self.mean_loss += (loss - self.mean_loss) * (step - self.logged_steps) / max(step, 1)
-        self.logged_steps = step
+    def logged(self, loss: float, step: int, skip_nan: bool) -> None:
+        """The mean over the run, from the means over its windows of steps; `skip_nan`: those that have one."""
+        self.window_loss, steps, self.logged_steps = loss, step - self.logged_steps, step
+        before = self.mean_loss if self.counted_steps else 0.0
+        if not (skip_nan and math.isnan(loss)):
+            self.counted_steps += steps
+            self.mean_loss = before + (loss - before) * steps / max(self.counted_steps, 1)
+        elif not self.counted_steps:
+            self.mean_loss = math.nan
 
 
 class RunFiles(TrainerCallback):
-    """Writes each log row to output_dir/metrics.jsonl as it comes, and output_dir/curves.png when training ends."""
+    """Writes each log row to output_dir/metrics.jsonl as it comes, and output_dir/curves.png when training ends. A file
+    that cannot be written, as on a full disk, is a warning; metrics.jsonl is then written anew with the next row.
+    """
+
+    torn = False  # metrics.jsonl may end in the middle of a row
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:  # rows that a stopped run wrote after its last checkpoint come again
-            self._path(args).write_text("".join(map(_line, state.log_history)))
+            self._write(args, state.log_history, "w")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero and state.log_history:
-            with self._path(args).open("a") as file:
-                file.write(_line(state.log_history[-1]))
+            self._write(args, *((state.log_history, "w") if self.torn else (state.log_history[-1:], "a")))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        try:
             plot_curves(state.log_history, Path(str(args.output_dir)) / "curves.png")
+        except Exception as error:  # whatever a picture lacks, the model is still to be saved
+            logger.warning("curves.png is not drawn (%s: %s)", type(error).__name__, error)
 
-    @staticmethod
-    def _path(args: TrainingArguments) -> Path:
-        return Path(str(args.output_dir)) / "metrics.jsonl"
+    def _write(self, args: TrainingArguments, rows: list[dict[str, Any]], mode: str) -> None:
+        path, torn = Path(str(args.output_dir)) / "metrics.jsonl", self.torn
+        self.torn = True
+        try:
+            with path.open(mode) as file:
+                file.writelines(map(_line, rows))
+        except OSError as error:
+            if not torn:
+                logger.warning("%s is not written (%s): all its rows are with the next one that can be", path, error)
+            return
+        self.torn = False
 
 
 CURVES = (("loss", "loss"), ("rewards/margins", "reward margin"), ("rewards/accuracies", "reward accuracy"))

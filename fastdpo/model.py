@@ -13,10 +13,11 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -128,9 +130,24 @@ def load_model(
     if config.quantizes and not quantized:
         options["quantization_config"] = quantization(config, compute_dtype(config))
     with returning_memory(config.device) if config.quantizes else nullcontext():
-        model = AUTO_CLASSES[model_kind(model_config)].from_pretrained(source, **options)
+        model = _read_weights(source, model_config, options)
     keep_unpacked(model)
     return model
+
+
+def _read_weights(source: str, model_config: Any, options: dict[str, Any]) -> PreTrainedModel:
+    """Raises ValueError for weights that are not there, not whole, of other shapes than config.json says, or pickles of
+    more than tensors.
+    """
+    try:
+        return AUTO_CLASSES[model_kind(model_config)].from_pretrained(source, **options)
+    except (torch.OutOfMemoryError, ImportError):
+        raise
+    except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:600]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its config.json says other shapes than they have"
+        raise ValueError(f"the weights of {source!r} cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 def place(model: Any, device: torch.device) -> Any:
@@ -169,13 +186,32 @@ def _model_config(name: str, config: DPOConfig, is_reference: bool = False) -> A
     try:
         given = _load_options(config, is_reference)
         fields = {key: value for key, value in given.items() if key not in (*OF_WEIGHTS, "rope_scaling")}
-        return AutoConfig.from_pretrained(name, **fields)
+        model_config = AutoConfig.from_pretrained(name, **fields)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{name!r} is neither a directory with a model nor one that the Hub gives "
             f"(revision {config.model_revision}): {reason}"
         ) from error
+    except ImportError:
+        raise
+    except Exception as error:  # transformers, and the library that checks its configs, have many for a broken file
+        raise ValueError(f"the config.json of {name!r} cannot be used: {' '.join(str(error).split())[:600]}") from error
+    _refuse_hub_kernels(model_config, name)
+    return model_config
+
+
+def _refuse_hub_kernels(model_config: Any, name: str) -> None:
+    """transformers downloads and runs an attention that config.json calls by the name of a repository; only the user
+    may ask for that.
+    """
+    parts = [model_config, *(getattr(model_config, part, None) for part in getattr(model_config, "sub_configs", ()))]
+    for part in parts:
+        if "/" in str(asked := getattr(part, "_attn_implementation", None)):
+            raise ValueError(
+                f"the config.json of {name!r} asks for attention from the Hub ({asked}), which would run code from "
+                f"there: remove it from config.json, or set attn_implementation={asked!r} if you trust it"
+            )
 
 
 def _scale_rope(model_config: Any, scaling: Any) -> None:
@@ -461,11 +497,15 @@ class Policy(nn.Module):
         self.configs = attention_configs(model)
         self.asked_attention = asked_attention(base_model(model))
 
-    def forward(self, batch: PreferenceBatch, stats: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Any, stats: Sequence[str] = (), instead: Callable[[], Any] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """-> (N,) fp32 log-probs of batch.targets, and (N,) of each statistic that `linear_logps` knows.
 
-        With statistics, and a `router_coef`, also "router_loss", 0-dim, with a gradient.
+        With statistics, and a `router_coef`, also "router_loss", 0-dim, with a gradient. `instead`: see `within`.
         """
+        if instead is not None:
+            return instead()
         device = batch.input_ids.device.type
         with torch.autocast(device, self.autocast) if self.autocast else nullcontext():
             head = output_head(base_model(self.model))
@@ -481,6 +521,10 @@ class Policy(nn.Module):
                 stats=stats,
             )
             return logps, {**found, "router_loss": self._router_loss(outputs, batch)} if routers else found
+
+    def within(self, function: Callable[[], Any]) -> Any:
+        """What a function gives that runs the model by itself: all of its weights are there, under FSDP2, too."""
+        return self(None, instead=function)
 
     def hidden_rows(self, batch: PreferenceBatch) -> Tensor:
         """(N, D): final hidden states of the rows that predict a response token, and of no others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -58,6 +58,24 @@ def _build_schedule(optimizer: Any, config: DPOConfig, steps: int) -> Any:
         num_training_steps=steps,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,  # type: ignore[arg-type]
     )
+
+
+def update_unless(skipped: Tensor, optimizer: Any) -> None:
+    """The optimizer's step, or nothing of it where the 0-dim bool `skipped` is set.
+
+    torch's fused Adam and AdamW look at the flag on the device. Others have no place for it, and gradients of 0 in its
+    stead would let weight decay and momentum move weights (torch's fused SGD looks, but its momentum is uninitialised
+    memory after a first step that is skipped), so the host waits for the flag.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # within accelerate's
+    if type(inner) in (torch.optim.Adam, torch.optim.AdamW) and all(group["fused"] for group in inner.param_groups):
+        inner.grad_scale, inner.found_inf = None, skipped.float()
+        try:
+            optimizer.step()
+        finally:
+            del inner.grad_scale, inner.found_inf
+    elif not skipped.item():
+        optimizer.step()
 
 
 def allocate_states(optimizer: Any) -> None:

@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalPrediction, denumpify_detensorize
 
 from fastdpo.collator import padded_rows
 from fastdpo.config import DPOConfig
+from fastdpo.data import TokenPair
 from fastdpo.model import Policy
 from fastdpo.ranks import Ranks
 from fastdpo.retry import out_of_memory
@@ -66,9 +67,8 @@ def model_logits(policy: Policy, rows: Mapping[str, Tensor]) -> Tensor:
     """(R, T, V) in the weights' dtype, fp32 under autocast: the model's own forward over padded rows, (R, T) each."""
     device = rows["input_ids"].device.type
     with torch.autocast(device, policy.autocast) if policy.autocast else nullcontext():
-        outputs = policy.model(
-            input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False, return_dict=True
-        )
+        inputs = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        outputs = policy.within(lambda: policy.model(**inputs, use_cache=False, return_dict=True))
     return outputs.logits.float() if policy.autocast else outputs.logits
 
 
@@ -93,7 +93,10 @@ class Predictions:
         """A batch: this process's share of its pairs, their numbers in the batch, (P,) their losses."""
         order = sorted(range(len(pairs)), key=places.__getitem__)  # of the dataset
         pairs, losses = [pairs[index] for index in order], losses[torch.tensor(order, dtype=torch.int64)]
-        predictions = self._predict(pairs) if pairs else None
+        predictions = None
+        if self.ranks.makes_pass(bool(pairs)):
+            predictions = self._predict(pairs or [TokenPair([0], [0], [0])])
+            predictions = predictions if pairs else None
         if self.ranks.count > 1:
             pairs, predictions, losses = _gathered(pairs, sorted(places), predictions, losses)
         rows = padded_rows(pairs, self.pad_token_id)

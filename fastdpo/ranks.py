@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from fastdpo.config import DPOConfig
 from fastdpo.quantized import quantized_scales
+from fastdpo.sharding import asked_plugin, is_sharded
 
 # What an exchange of numbers is for; all but gradients fill one line of WIDTH numbers.
-PURPOSES = ("memory", "batch", "evaluation", "gradients", "sizes", "flags", "plan", "wait")
+PURPOSES = ("memory", "batch", "evaluation", "gradients", "sizes", "flags", "plan", "pass", "wait")
 WIDTH = 8
 BUCKET_BYTES = 2**26  # of gradients that are summed in one call (unmeasured: large enough for a link's full rate)
 FITS = 2**62
@@ -49,6 +50,7 @@ class Ranks:
     rank: int = 0
     count: int = 1
     hosts: Any = None  # the group that exchanges numbers on the CPU
+    fsdp: Any = None  # accelerate's plugin, where each holds a share of the weights
 
     @property
     def is_main(self) -> bool:
@@ -82,6 +84,12 @@ class Ranks:
             raise RanOutElsewhere(least)
         return least
 
+    def makes_pass(self, wanted: bool) -> bool:
+        """Whether a pass through the model is made that this rank wants, or not: under FSDP2 all make it as soon as one
+        of them does, as it gathers weights from all.
+        """
+        return wanted if self.fsdp is None else any(theirs[0] for theirs in self.exchange("pass", [int(wanted)]))
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of a tensor on the run's device, in place."""
         if self.count > 1:
@@ -104,10 +112,14 @@ class Ranks:
 
     @torch.no_grad()
     def equalise(self, module: nn.Module) -> None:
-        """Every parameter and buffer, with the scales of quantised ones, as the first rank has it."""
+        """Every parameter and buffer, with the scales of quantised ones, as the first rank has it; shares of sharded
+        ones are left as they are.
+        """
         if self.count == 1:
             return
         for tensor in (*module.parameters(), *module.buffers(), *quantized_scales(module)):
+            if is_sharded(tensor):
+                continue
             values = tensor.data.contiguous()
             dist.broadcast(values, src=0)
             tensor.data.copy_(values)
@@ -122,7 +134,8 @@ def find_ranks(config: DPOConfig) -> Ranks:
     if config.world_size == 1:
         return Ranks()
     assert dist.group.WORLD is not None
-    return Ranks(dist.get_rank(), dist.get_world_size(), _host_group(dist.group.WORLD, config.ddp_timeout))
+    hosts = _host_group(dist.group.WORLD, config.ddp_timeout)
+    return Ranks(dist.get_rank(), dist.get_world_size(), hosts, asked_plugin(config.fsdp_plugin_args))
 
 
 @cache
@@ -134,13 +147,14 @@ def _host_group(world: Any, seconds: int) -> Any:
 class GradientSum:
     """Sums the gradients of all ranks in place, small ones together; what it needs is allocated before the first step.
 
-    A parameter that no rank has a gradient for keeps none, as it would in one process.
+    A parameter that no rank has a gradient for keeps none, as it would in one process. Under FSDP2 each block's were
+    summed in its backward, and ranks agree alone.
     """
 
     def __init__(self, ranks: Ranks, trained: Sequence[Tensor]) -> None:
         self.ranks, self.trained = ranks, trained
         self.buckets: list[list[int]] = []
-        if ranks.count == 1:
+        if ranks.count == 1 or ranks.fsdp is not None:
             return
         room, dtype = 0, None
         for index, parameter in enumerate(trained):
@@ -154,10 +168,15 @@ class GradientSum:
         self.buffer = torch.empty(largest, dtype=torch.uint8, device=trained[0].device)
 
     @torch.no_grad()
-    def __call__(self) -> None:
+    def __call__(self, *also: Tensor) -> None:
+        """`also` are small tensors that are summed beside the gradients."""
         if self.ranks.count == 1:
             return
         self.ranks.agree()
+        for tensor in also:
+            self.ranks.sum(tensor)
+        if self.ranks.fsdp is not None:
+            return
         present = self.ranks.exchange("gradients", [parameter.grad is not None for parameter in self.trained])
         there = [any(theirs) for theirs in zip(*present, strict=True)]
         for parameter, somewhere in zip(self.trained, there, strict=True):

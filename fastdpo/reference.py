@@ -27,6 +27,7 @@ from fastdpo.batch import PreferenceBatch
 from fastdpo.model import Policy, evaluation_mode, noise_of, outside_adapters
 from fastdpo.quantized import states_of_8_bits
 from fastdpo.ranks import Ranks
+from fastdpo.sharding import is_sharded, whole
 from fastdpo_kernels.pair_loss import sequence_sums
 
 logger = logging.getLogger(__name__)
@@ -68,15 +69,17 @@ class Reference:
         self.precision = precision(policy)
         self.outliers = any(state.threshold for state in states_of_8_bits(policy))
         self.memory = ReferenceMemory()
+        self.ranks = Ranks()  # of a run, where they make each pass together
         self.follows: list[tuple[Tensor, Tensor]] = []  # its tensors, and those of the policy that `mix` takes from
 
     def __call__(self, batch: PreferenceBatch) -> Tensor:
         """-> (P, 2) fp64: chosen, rejected."""
+        known = not batch.num_pairs or self.memory.knows(batch)
+        logps = self.compute(batch) if self.ranks.makes_pass(not known) else None
         if not batch.num_pairs:
             return torch.empty(0, 2, dtype=torch.float64, device=batch.input_ids.device)
-        if self.memory.knows(batch):
+        if known or logps is None:
             return self.memory.recall(batch.keys)
-        logps = self.compute(batch)
         if batch.keys:
             self.memory.store(batch.keys, logps)
         return logps
@@ -129,7 +132,8 @@ class Reference:
         Of an adapter the factors are mixed, which is mixing their product for a share of 1 only.
         """
         for mine, trained in self.follows:
-            mine.lerp_(trained.to(mine.dtype), share)
+            values = trained if is_sharded(mine) else whole(trained)  # a frozen adapter's copy is not sharded
+            mine.lerp_(values.to(mine.dtype), share)
         self.memory = ReferenceMemory()
 
     def free(self) -> None:
@@ -200,6 +204,12 @@ class ReferenceMemory:
         self.values.index_copy_(0, self._indices([self.slots.get(key, new.get(key, 0)) for key in keys]), logps)
         self.slots |= new  # last: out of memory on the way here, nothing is half known
 
+    def forget_non_finite(self) -> None:
+        """Such rows are computed anew when they come again. Their places stay taken, under names that no row has."""
+        finite = self.values[: len(self.slots)].isfinite().all(1).tolist()
+        named = zip(self.slots.items(), finite, strict=True)
+        self.slots = {key if known else slot.to_bytes(16, "big"): slot for (key, slot), known in named}
+
     def share(self, ranks: Ranks, device: torch.device) -> None:
         """What one rank remembers all do from here on; `device` is where they keep it."""
         if ranks.count > 1:
@@ -230,9 +240,11 @@ def find_reference(
     ld_alpha: float | None = None,
     ref_adapter: str | None = None,
     synced: bool = False,
+    copied: Policy | None = None,
 ) -> Reference:
     """The cheapest right reference for this policy, or the adapter of that name. `probe` is any batch on the policy's
-    device; `synced`: the reference is to follow the policy. Raises ValueError where it cannot.
+    device; `synced`: the reference is to follow the policy; `copied`: a copy of a policy that trains in full, of when it
+    could be copied. Raises ValueError where it cannot.
     """
     if ref_policy is not None:
         ref_policy.requires_grad_(False).eval()
@@ -241,9 +253,10 @@ def find_reference(
         return _following(given, policy.model, ref_policy.model) if synced else given
     model = policy.model
     if not isinstance(model, PeftModel):
-        frozen = Policy(copy.deepcopy(model), policy.autocast).requires_grad_(False).eval()
-        copied = Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True, ld_alpha)
-        return _following(copied, model, frozen.model) if synced else copied
+        frozen = copied or Policy(copy.deepcopy(model), policy.autocast)
+        frozen.requires_grad_(False).eval()
+        as_given = Reference(frozen, nullcontext, "a frozen copy of the policy as it was given", True, ld_alpha)
+        return _following(as_given, model, frozen.model) if synced else as_given
     outside = OutsideAdapters(model)
     if ref_adapter is None and not synced and _adapters_change_nothing(policy, probe):
         off = outside.kept(adapter_switch(model, model.disable_adapter))
@@ -341,7 +354,7 @@ class OutsideAdapters:
 
         @contextmanager
         def switched() -> Iterator[None]:
-            trained = [parameter.data for parameter in self.parameters]
+            trained = [p.detach().clone() if is_sharded(p) else p.data for p in self.parameters]
             with switch():
                 try:
                     _set_data(self.parameters, self.values)
@@ -354,7 +367,10 @@ class OutsideAdapters:
 
 def _set_data(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
-        parameter.data = value
+        if is_sharded(parameter):  # of which FSDP2 holds the storage
+            parameter.detach().copy_(value)
+        else:
+            parameter.data = value
 
 
 def adapter_switch(model: PeftModel, switch: Switch) -> Switch:
@@ -488,7 +504,8 @@ def _freeze_adapter_copy(model: PeftModel) -> None:
         config.layer_replication = None  # the layers are there; peft would replicate them again
     if hasattr(config, "bias"):
         config.bias = "none"  # peft trains biases of the base with one adapter only; their copies are OutsideAdapters'
-    state = {name: value.clone() for name, value in get_peft_model_state_dict(model, adapter_name=active).items()}
+    trained = get_peft_model_state_dict(model, adapter_name=active)
+    state = {name: whole(value).clone() for name, value in trained.items()}
     with _same_trained(model):
         if FROZEN_ADAPTER in model.peft_config:  # of an earlier trainer
             model.delete_adapter(FROZEN_ADAPTER)

@@ -219,8 +219,9 @@ def computed(reference: Reference, rows: Sequence[Row], layout: Layout, config: 
     budget = ahead_budget(config, layout, rows[0].tokens if rows else 0)
     hidden = config.disable_tqdm or not rows
     with tqdm(total=len(rows), desc="Reference", unit="pair", disable=hidden, dynamic_ncols=True) as bar:
-        while start < len(rows):
-            group = rows[start : start + (size or max(1, budget // rows[start].tokens))]
+        while reference.ranks.makes_pass(start < len(rows)):
+            longest = rows[start].tokens if start < len(rows) else 1
+            group = rows[start : start + (size or max(1, budget // longest))]
             if not _fits(reference, group, layout, config):
                 collect_memory()
                 budget = sum(row.tokens for row in group) // 2
@@ -256,17 +257,16 @@ def ahead_budget(config: DPOConfig, layout: Layout, longest: int) -> int:
 
 
 def _run(reference: Reference, rows: Sequence[Row], layout: Layout, config: DPOConfig) -> Tensor:
-    """-> (len(rows), 2) fp64, an ordinary tensor: autograd refuses to save those of inference mode."""
-    batch = layout.collate([row.pair() for row in rows]).to(config.device)
+    """-> (len(rows), 2) fp64; without rows, a part in what other processes do."""
+    pairs = [row.pair() for row in rows]
+    batch = (layout.collate(pairs) if pairs else layout.empty()).to(config.device)
     assert reference.policy is not None
     training = reference.policy.training
     reference.policy.eval()
     try:
-        with torch.inference_mode():
-            logps = reference.compute(batch)
+        return reference.compute(batch)
     finally:
         reference.policy.train(training)
-    return logps.clone()
 
 
 def check_rows(reference: Reference, found: Sequence[Row], layout: Layout, config: DPOConfig, path: Path) -> None:
@@ -325,6 +325,9 @@ def load(path: Path, identity: Mapping[str, str]) -> dict[bytes, tuple[float, fl
             keys, logps = file.get_tensor("keys"), file.get_tensor("logps")
     except (SafetensorError, OSError) as error:
         raise Unreadable(f"{path} cannot be read as reference log-probs ({error}): delete it") from error
+    shapes = (keys.dtype, keys.shape, logps.dtype, logps.shape)
+    if shapes != (torch.uint8, (len(logps), 16), torch.float64, (len(logps), 2)) or not logps.isfinite().all():
+        raise Unreadable(f"{path} holds other tensors than finite log-probs by row: delete it, and it is made anew")
     if about["checksum"] != _checksum(keys, logps):
         raise Unreadable(f"{path} holds other bytes than were written: delete it, and it is made anew")
     theirs = json.loads(about["identity"])

@@ -28,20 +28,22 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from fastdpo.batch import PreferenceBatch
-from fastdpo.checkpoint import load_trained, save_trained
+from fastdpo.checkpoint import Weights, load_trained, save_trained
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, list_lengths
 from fastdpo.metrics import Running
 from fastdpo.ranks import Ranks
 from fastdpo.reference import NoReference, Reference, ReferenceMemory
 from fastdpo.retry import Retry
+from fastdpo.sharding import shard_optimizer_state, share_like, whole, whole_tree
 from fastdpo.step import MeanReward
 from fastdpo.verdicts import VERDICTS
 
 logger = logging.getLogger(__name__)
 
 RUN = "run.pt"
-OF_RUNNING = ("tokens", "pairs", "learning_rate", "window_loss", "mean_loss", "logged_steps")
+OF_RUNNING = ("tokens", "pairs", "learning_rate", "window_loss", "mean_loss", "logged_steps", "counted_steps")
+OF_RUNNING += ("skipped_steps",)
 OF_LOSS = tuple(name for name, verdict in VERDICTS.items() if verdict.topic == "preference loss")
 # Options that say which rows a step sees: another value would go on with other rows than those that were left.
 OF_ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last")
@@ -81,7 +83,7 @@ class RunState:
         return {
             "position": (position.epoch, position.batches),
             "rows": self.rows,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_tree(self.optimizer.state_dict(), self.ranks.is_main),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": states,
@@ -102,10 +104,12 @@ class RunState:
             state = torch.load(directory / RUN, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{directory / RUN} cannot be read ({error}): resume from another checkpoint") from error
+        if not isinstance(state, dict) or not {"rows", "optimizer", "running", "random", "position"} <= set(state):
+            raise ValueError(f"{directory / RUN} holds no state of a run: resume from another checkpoint")
         _check_rows(state["rows"], self.rows, directory)
         load_trained(self.model, directory)
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
         except (ValueError, KeyError) as error:
             raise ValueError(
                 f"the optimizer of {directory} is another one than optim={str(self.args.optim)!r} over what trains now "
@@ -120,13 +124,13 @@ class RunState:
         ):
             group["lr"] = base * rate(self.scheduler.last_epoch)  # the run may be longer now
         self.scaler.load_state_dict(state["scaler"])
-        vars(self.running).update(state["running"])
+        vars(self.running).update({name: state["running"][name] for name in OF_RUNNING})
         if (sums := state["sums"]) is not None:  # of all processes: the first one has them
             sums = sums.to(self.args.device)
             self.running.sums.sums = sums if self.ranks.is_main else torch.zeros_like(sums)
         if self.mean_reward is not None and state["mean_reward"] is not None:
-            value, self.mean_reward.pairs = state["mean_reward"]
-            self.mean_reward.value = value.to(self.args.device)
+            value, pairs = state["mean_reward"]
+            self.mean_reward.value, self.mean_reward.pairs = value.to(self.args.device), pairs.to(self.args.device)
         self.retry.budget = self.retry.told = state["budget"]
         _restore_reference(self.reference, state["reference"], self.args.device)
         self._check_reference(state["probe"])
@@ -155,8 +159,9 @@ class RunState:
             )
 
 
-def write(model: nn.Module, state: dict[str, Any], directory: Path) -> None:
-    save_trained(model, directory)
+def write(model: nn.Module, state: dict[str, Any], directory: Path, weights: Weights = None) -> None:
+    """`weights`: see `checkpoint.whole_weights`."""
+    save_trained(model, directory, weights)
     torch.save(state, directory / RUN)
 
 
@@ -189,7 +194,7 @@ def _of_reference(reference: Reference | NoReference) -> dict[str, Any]:
     return {
         "keys": keys[: 16 * len(memory.slots)].view(-1, 16).clone(),
         "logps": memory.values[: len(memory.slots)].clone(),
-        "moved": [mine.detach() for mine, _ in reference.follows],
+        "moved": [whole(mine.detach()) for mine, _ in reference.follows],
     }
 
 
@@ -198,7 +203,7 @@ def _restore_reference(reference: Reference | NoReference, saved: dict[str, Any]
     if isinstance(reference, NoReference) or not saved:
         return
     for (mine, _), value in zip(reference.follows, saved["moved"], strict=True):
-        mine.copy_(value)
+        mine.copy_(share_like(value, mine))
     if reference.follows:
         reference.memory = ReferenceMemory()  # what was computed by now was another reference's
     names = saved["keys"].numpy().tobytes()
@@ -239,4 +244,5 @@ def restore_callbacks(callbacks: Sequence[Any], states: Mapping[str, Sequence[An
     left = {name: list(found) for name, found in states.items()}
     for callback in callbacks:
         if isinstance(callback, ExportableState) and (found := left.get(type(callback).__name__)):
-            vars(callback).update(found.pop(0)["attributes"])
+            saved, own = found.pop(0)["attributes"], callback.state()["attributes"]
+            vars(callback).update({name: saved[name] for name in own if name in saved})

@@ -86,6 +86,13 @@ class Retry:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+            if self.ranks.fsdp is not None:  # other processes are amid a pass, and wait for this one
+                budget = max(1, max(batch.input_ids.numel() for batch in whole.microbatches) // 2)
+                error.add_note(
+                    "fastdpo: under FSDP2 a batch is not done again in smaller parts: set max_tokens_per_microbatch="
+                    f"{budget} and resume from the last checkpoint"
+                )
+                raise
             largest = max([batch.input_ids.numel() for batch in batches if batch.num_pairs > 1], default=0)
             budget = self.ranks.agree(largest // 2)
             if not largest:

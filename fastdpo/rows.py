@@ -23,7 +23,7 @@ EXPECTED = (
 def check_columns(columns: Sequence[str], name: str, images: bool = False) -> None:
     """Raises ValueError for columns that are no preference dataset's; `images` are allowed with a processor."""
     shown = [column for column in IMAGE_COLUMNS if column in columns]
-    found = f"The {name} dataset has the columns {', '.join(map(repr, columns))}"
+    found = f"The {name} dataset has the columns {', '.join(map(repr, columns))[:400]}"
     if shown and not images:
         raise ValueError(
             f"{found}; rows with images need a vision-language model and its processor (processing_class). Remove "
@@ -84,7 +84,7 @@ def split_row(row: dict[str, Any], where: str) -> tuple[Any, Any, Any]:
         if isinstance(prompt, list):
             # the prompt repeated at the head of both conversations is still only once the prompt
             repeated = 0 < len(prompt) <= shared and chosen[: len(prompt)] == prompt
-            if not repeated and any(answer[0].get("role") == "user" for answer in (chosen, rejected)):
+            if not repeated and any(answer and answer[0].get("role") == "user" for answer in (chosen, rejected)):
                 raise ValueError(
                     f"{where}: the prompt is not how chosen and rejected begin, which are conversations of their own: "
                     f"{str(prompt)[:80]} and {str(chosen[:1])[:80]}. Give the answers alone, or leave out the prompt."

@@ -19,6 +19,8 @@ from datasets.exceptions import DatasetsError
 
 from fastdpo.rows import COMPLETION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS, OPTION_COLUMNS, TEXT_COLUMNS
 
+# What Arrow and datasets raise for cells that they cannot hold: lone surrogates, huge numbers, bytes beside text, ...
+NO_ARROW = (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError)
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -125,6 +127,9 @@ def _parse_json(text: str, what: str) -> Any:
         except json.JSONDecodeError as error:
             line = number + error.lineno - 1
             raise ValueError(f"{what} is not valid json in line {line}, column {error.colno}: {error.msg}.") from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+            where = "somewhere" if whole else f"in line {number}"
+            raise ValueError(f"{what} holds what is no row {where}: {_in_a_line(error)}") from error
     if whole:
         return parsed[0]
     return parsed[0] if len(parsed) == 1 and _is_columns(parsed[0]) else parsed
@@ -155,7 +160,24 @@ def _table(columns: dict[str, list], what: str) -> Dataset:
     if {"chosen", "rejected"} <= set(known) or set(ID_COLUMNS) <= set(known):
         columns = {column: columns[column] for column in known}  # the others may hold what Arrow cannot
     try:
-        # A wrong type in one row stays visible as such, and is reported with its row when that is read.
-        return Dataset.from_dict(columns, on_mixed_types="use_json")
-    except (pa.ArrowException, UnicodeEncodeError) as error:  # lone surrogates are no text
-        raise ValueError(f"{what} cannot be made a table: {error}.") from error
+        return _arrow(columns)
+    except NO_ARROW as error:
+        for column, values in columns.items():
+            try:
+                _arrow({column: values})
+            except NO_ARROW as reason:
+                raise ValueError(
+                    f"{what} has what no table holds in column {column!r}: {_in_a_line(reason)}"
+                ) from error
+        raise ValueError(f"{what} cannot be made a table: {_in_a_line(error)}") from error
+
+
+def _arrow(columns: dict[str, list]) -> Dataset:
+    """A wrong type in one row stays visible as such, and is reported with its row when that is read."""
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
+
+
+def _in_a_line(error: Exception) -> str:
+    """What another library says, in printable text."""
+    text = " ".join(str(error).split())[:300]
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -50,12 +50,17 @@ class MeanReward:
     """The mean reward of all responses trained on so far, which bco_pair compares rewards with; 0 before the first."""
 
     value: Tensor  # 0-dim fp64
-    pairs: int = 0
+    pairs: Tensor  # 0-dim fp64: how many pairs it is the mean of
 
     def update(self, rewards: Tensor) -> None:
         """`rewards` is (P, 2)."""
-        self.pairs += rewards.shape[0]
+        self.pairs = self.pairs + rewards.shape[0]
         self.value = self.value + (rewards.mean() - self.value) * (rewards.shape[0] / self.pairs)
+
+    def undo(self, skipped: Tensor, before: MeanReward) -> None:
+        """As it was `before` a step, where the 0-dim `skipped` says that this one counts for nothing."""
+        self.value = torch.where(skipped, before.value, self.value)
+        self.pairs = torch.where(skipped, before.pairs, self.pairs)
 
 
 class Computed(NamedTuple):

@@ -248,25 +248,26 @@ class Surface(Evaluation):
         """Saves the model with its card (`card_options` are `create_model_card`'s) and uploads output_dir; -> the
         commit, or with blocking=False its Future; None in other processes than the first.
         """
+        weights = checkpoint.whole_weights(self.policy.model, self.ranks.is_main)  # type: ignore[arg-type]
         if not self.ranks.is_main:
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub.repo_id is None:
             self.hub.open(token, private)
-        self._write_model(Path(str(self.args.output_dir)))
+        self._write_model(Path(str(self.args.output_dir)), weights)
         self.create_model_card(**card_options)
         return self.hub.push(commit_message, blocking, token, revision)
 
-    def _write_model(self, directory: Path) -> None:
+    def _write_model(self, directory: Path, weights: checkpoint.Weights) -> None:
         free = card.may_write(directory)  # peft writes a card of its own
-        checkpoint.save_model(self.policy.model, self.processing_class, directory)  # type: ignore[arg-type]
+        checkpoint.save_model(self.policy.model, self.processing_class, directory, weights)  # type: ignore[arg-type]
         if free:
             card.write_card(self._run_facts(), directory)
 
-    def _push_checkpoint(self, directory: Path) -> None:
+    def _push_checkpoint(self, directory: Path, weights: checkpoint.Weights) -> None:
         if not self.ranks.is_main:
             return
-        write = partial(self._write_model, Path(str(self.args.output_dir)))
+        write = partial(self._write_model, Path(str(self.args.output_dir)), weights)
         if self.hub.push_checkpoint(directory, self.state, write):
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
 

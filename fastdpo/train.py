@@ -18,17 +18,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
-from transformers.trainer_utils import TrainOutput, enable_full_determinism, set_seed
+from transformers.trainer_utils import SaveStrategy, TrainOutput, enable_full_determinism, set_seed
 
-from fastdpo import build, checkpoint, checks
+from fastdpo import build, checkpoint, checks, faults
 from fastdpo.batch import OptimizerBatch, PreferenceBatch, Share
 from fastdpo.compiled import compiled_blocks
 from fastdpo.config import DPOConfig
@@ -37,16 +39,17 @@ from fastdpo.evaluation import check_best_metric
 from fastdpo.generate import Sampler
 from fastdpo.hub import Repository
 from fastdpo.interrupts import Interrupts, end
-from fastdpo.loader import epoch_batches, length_of_run
+from fastdpo.loader import epoch_batches, length_of_run, row_numbers
 from fastdpo.losses import pairwise_loss
 from fastdpo.messages import show_messages
 from fastdpo.metrics import Running
 from fastdpo.mixture import hub_names
 from fastdpo.model import checkpointing, checkpoints_already, without_dropout
 from fastdpo.noise import noisy_embeddings
+from fastdpo.nonfinite import Computed, Guard, numbers_of_pairs
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, allocate_states, build_optimizer
 from fastdpo.predictions import check_hooks
-from fastdpo.ranks import GradientSum, find_ranks
+from fastdpo.ranks import FITS, GradientSum, find_ranks
 from fastdpo.reference import NoReference
 from fastdpo.resume import (
     Position,
@@ -58,7 +61,8 @@ from fastdpo.resume import (
     write,
 )
 from fastdpo.retry import Retry, out_of_memory
-from fastdpo.step import PreferenceStep
+from fastdpo.sharding import check_optimizer, whole
+from fastdpo.step import SUMS, PreferenceStep
 from fastdpo.surface import Surface, refuse_overrides
 from fastdpo_kernels.pair_loss import PairLoss
 
@@ -117,6 +121,7 @@ class DPOTrainer(Surface):
         if model is not None and model_init is not None:
             raise ValueError("both model and model_init are given: leave one out")
         refuse_overrides(type(self))
+        began = time.time()
         show_messages(args)
         # a copy: what the run resolves, such as the learning rate, is not written into a config that others may share
         self.args = args = copy.copy(DPOConfig.from_arguments(DPOConfig() if args is None else args))
@@ -150,6 +155,8 @@ class DPOTrainer(Surface):
         if args.learning_rate is None:
             args.learning_rate = 2e-5 if hasattr(self.policy.model, "peft_config") else 1e-6
         ref_policy = build.build_ref_policy(ref_model, self.policy, args, self.ranks)
+        copied = build.frozen_copy(self.policy, ref_policy, args, self.ranks)
+        build.shard_policies([self.policy, ref_policy, copied], args, self.ranks)
         with build.fused_blocks([self.policy, ref_policy], args) as fused:
             tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
             self.train_dataset = tables.pop("train", None)
@@ -158,7 +165,7 @@ class DPOTrainer(Surface):
             self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
             every = [self.train_dataset, *tables.values()]
             self.layout = build.common_layout(self.policy, ref_policy, self.processing_class, args.padding_value, every)
-            self.reference = build.build_reference(self.policy, ref_policy, self.layout, args)
+            self.reference = build.build_reference(self.policy, ref_policy, self.layout, args, self.ranks, copied)
             self.loss = pairwise_loss(args)
             self.mean_reward = build.build_mean_reward(self.loss, args)
 
@@ -173,17 +180,20 @@ class DPOTrainer(Surface):
             self.callback_handler = build.build_callbacks(
                 [*reporters, *given], self.policy, self.processing_class, args
             )
-            del ref_policy  # the reference alone holds it from here on, and may let go of it
+            del ref_policy, copied  # the reference alone holds it from here on, and may let go of it
             tables = {"train": self.train_dataset, **self._eval_tables}
             given_budget = args.max_tokens_per_microbatch
-            build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
+            plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
             freed = build.remember_reference(
                 self.reference, tables, self.policy, self.layout, args, model, ref_model, self.ranks
             )
             if freed:
                 args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
-                build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
-            build.describe(self.policy, self.layout, self.reference, fused, args, self.ranks)
+                plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
+            facts = build.describe(self.policy, self.layout, self.reference, fused, args, self.ranks)
+        if args.report_html and self.ranks.is_main:
+            run = self.policy, tables, self.reference, facts, plan, args, self.ranks, began
+            self.callback_handler.add_callback(build.build_report(*run))
         self.sampler = Sampler(self.policy, self.reference, text_part(self.processing_class), args)
         if args.generate_during_eval:
             self.sampler.check(self._eval_tables)
@@ -231,6 +241,8 @@ class DPOTrainer(Surface):
         loader = self.get_train_dataloader()
         steps, epochs = length_of_run(loader, args)
         self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps, self._given_optimizers)
+        if self.ranks.fsdp is not None:
+            check_optimizer(self.optimizer)
         allocate_states(self.optimizer)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
         self.state = self._new_state(
@@ -242,6 +254,7 @@ class DPOTrainer(Surface):
         self.mean_reward = build.build_mean_reward(self.loss, args)
         self._running = Running(self._preference_step(training=True), trained)
         self._sum_gradients = GradientSum(self.ranks, trained)
+        self._guard = Guard(args.on_nonfinite == "raise", self._running, args.device)
         if self.ranks.count > 1 and self.policy.noisy:
             torch.manual_seed(args.seed + self.ranks.rank)  # each draws dropout masks of its own
         handler: Any = self.callback_handler
@@ -258,20 +271,23 @@ class DPOTrainer(Surface):
                 "most steps, so give this run another directory",
                 others[-1].name,
             )
+        self._check_room(steps, math.ceil(epochs))
 
-        with self._fused_blocks(), self._training_mode(), self._garbage_waits(), self._interrupts.noted():
+        explained = faults.explained(Path(str(args.output_dir)))
+        with explained, self._fused_blocks(), self._training_mode(), self._garbage_waits(), self._interrupts.noted():
             self.policy.train()
             self.control = handler.on_train_begin(args, self.state, self.control)
             if args.eval_on_start and resumed is None:
                 self.evaluate()
             self._run_epochs(loader, steps)
+            self._report_faults()
             self._end_if_told()
             if self._evaluate_at_end:
                 self.evaluate()
                 self._end_if_told()
             if args.load_best_model_at_end and self.state.best_model_checkpoint:
                 logger.info("loading the best model, from %s", self.state.best_model_checkpoint)
-                if self.ranks.is_main:  # which wrote it, perhaps where the others cannot read
+                if self.ranks.is_main or self.ranks.fsdp:  # which wrote it, perhaps where the others cannot read
                     checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
                 self.ranks.equalise(self.policy)
         return self._finish(time.time() - started)
@@ -279,11 +295,27 @@ class DPOTrainer(Surface):
     def _find_checkpoint(self, resume_from: str | bool | None) -> Path | None:
         return checkpoint.find(resume_from, Path(str(self.args.output_dir))) if resume_from else None
 
+    def _check_room(self, steps: int, epochs: int) -> None:
+        """Of the disk, for checkpoints; raises ValueError where there is none."""
+        args, output_dir = self.args, Path(str(self.args.output_dir))
+        if args.save_strategy == SaveStrategy.NO:
+            return
+        if args.should_save:
+            checkpoint.tidy(output_dir)
+        free = checkpoint.free_bytes(output_dir) if args.should_save else FITS
+        free = min(theirs[0] for theirs in self.ranks.exchange("sizes", [free]))
+        left = steps - self.state.global_step
+        counts = {SaveStrategy.STEPS: -(-left // (self.state.save_steps or steps)), SaveStrategy.EPOCH: epochs}
+        saves = counts.get(args.save_strategy, 1)  # type: ignore[call-overload]
+        kept = min(saves, args.save_total_limit + 1) if args.save_total_limit else saves
+        size = checkpoint.size_of(self.model, self.optimizer, args.save_only_model)
+        checkpoint.check_room(output_dir, free, size, kept)
+
     def _resume(self, directory: Path) -> None:
         """Everything as it was when the checkpoint was written, but for what the options say of the run's length."""
         logger.info("resuming from %s", directory)
         self._position, self._random_state = self._run_state().restore(directory)
-        state: Any = TrainerState.load_from_json(str(directory / checkpoint.STATE))
+        state: Any = checkpoint.load_state(directory)
         fresh, self.state = self.state, state
         for name in OF_THIS_RUN:
             setattr(state, name, getattr(fresh, name))
@@ -332,6 +364,8 @@ class DPOTrainer(Surface):
                     self.reference.mix(args.ref_model_mixup_alpha)
                 self._position = Position(epoch, count)
                 self.control = handler.on_step_end(args, self.state, self.control)
+                self._guard.poll()
+                self.control.should_log |= self._guard.ends_run
                 self._agree_on_control()
                 self._log_evaluate_save()
                 if self._ended_by:
@@ -351,20 +385,22 @@ class DPOTrainer(Surface):
             if self.control.should_training_stop:  # also where asked for before the first step, which all take
                 return
 
-    def _optimizer_step(self, batches: list[PreferenceBatch]) -> None:
+    def _optimizer_step(self, batches: Share) -> None:
         """All micro-batches of one step, their gradients those of the mean over its pairs; then one update."""
         args, running = self.args, self._running
         handler: Any = self.callback_handler
-        self._substeps = 0
+        self._substeps, mean_reward = 0, copy.copy(self.mean_reward)
+        rows = partial(row_numbers, handler.train_dataloader, self._position.epoch, self._position.batches, batches)
         self._retry(self._backward, batches, handler.train_dataloader, self._undo_step())
         self.control = handler.on_pre_optimizer_step(args, self.state, self.control)
         try:
-            self.scaler.step(self.optimizer)
+            skipped = self._guard.update(self.optimizer, self.scaler, self.state.global_step + 1, rows)
         except RuntimeError as error:
             if out_of_memory(error):  # some weights may have moved: this cannot be done again
                 error.add_note("fastdpo: the optimizer's update does not fit: take optim='adamw_8bit', or a paged one")
             raise
-        self.scaler.update()
+        if self.mean_reward is not None and mean_reward is not None:
+            self.mean_reward.undo(skipped, mean_reward)
         self.control = handler.on_optimizer_step(args, self.state, self.control)
         running.learning_rate = self.optimizer.param_groups[0]["lr"]
         if args.lr_scheduler_type not in STEPPED_BY_EVALUATION:
@@ -373,31 +409,35 @@ class DPOTrainer(Surface):
         if args.torch_empty_cache_steps and (self.state.global_step + 1) % args.torch_empty_cache_steps == 0:
             torch.cuda.empty_cache()
 
-    def _backward(self, whole: OptimizerBatch) -> None:
+    def _backward(self, on_host: OptimizerBatch) -> None:
         """The gradients of an optimizer batch, clipped; what is counted of it counts once all of it is through."""
         args, running = self.args, self._running
-        whole = whole.to(args.device, non_blocking=True)
-        vectors = []
-        for index, (loss, result, sums) in enumerate(running.step(whole)):
-            if not self._margins_checked and whole.microbatches[index].num_pairs:
-                self._check_first_margins(result, whole.microbatches[index])
+        on_device = on_host.to(args.device, non_blocking=True)
+        vectors, pairs = [], []
+        for index, (loss, result, sums) in enumerate(running.step(on_device)):
+            batch = on_device.microbatches[index]
+            if not self._margins_checked and (batch.num_pairs or self.ranks.fsdp is not None):
+                self._check_first_margins(result, batch)
                 self._margins_checked = True
             vectors.append(sums)
+            pairs.append(numbers_of_pairs(result))
             self.accelerator.backward(self.scaler.scale(loss))
-            if self._substeps <= index < len(whole.microbatches) - 1:
+            if self._substeps <= index < len(on_host.microbatches) - 1:
                 self._substeps += 1  # done again in smaller parts, none is told of twice
                 self.control = self.callback_handler.on_substep_end(args, self.state, self.control)
-        self._sum_gradients()
+        mean_loss = torch.stack(vectors)[:, SUMS.index("loss")].sum() / on_host.num_pairs
+        self._sum_gradients(mean_loss)
         self.scaler.unscale_(self.optimizer)
-        if args.max_grad_norm:
-            running.grad_norm = self.accelerator.clip_grad_norm_(running.trained, args.max_grad_norm)
+        limit = args.max_grad_norm or math.inf  # without one it is measured alone
+        norm = running.grad_norm = whole(self.accelerator.clip_grad_norm_(running.trained, limit))
         window = copy.copy(running.sums)
         for sums in vectors:
             window.add(sums, skip_non_finite=args.logging_nan_inf_filter)
+        computed = Computed(on_host, mean_loss, norm, torch.cat(pairs))
         self.ranks.agree()
-        running.sums = window
-        running.tokens += whole.num_tokens
-        running.pairs += whole.num_pairs
+        self._guard.computed, running.sums = computed, window
+        running.tokens += on_host.num_tokens
+        running.pairs += on_host.num_pairs
 
     def _undo_step(self) -> Callable[[], None]:
         """-> what puts back all that `_backward` changes."""
@@ -424,19 +464,19 @@ class DPOTrainer(Surface):
         reference = self.reference
         if isinstance(reference, NoReference) or not reference.equals_policy or self.policy.noisy:
             return
-        largest = float(result.log_ratios.abs().max())
-        if largest == 0:
+        largest = _largest(result.log_ratios)
+        if not self.ranks.makes_pass(largest != 0):
             logger.info("first margins: all exactly 0, the policy starts from its reference")
             return
         # What is remembered may come from another micro-batch, so the reference runs again beside this one. What is
         # left can only be excused by what it varies by from run to run: 0 where kernels are deterministic.
-        rounding = float(reference.rounding(result.logps).max())
+        rounding = _largest(reference.rounding(result.logps))
         if reference.policy is None:  # freed: what it remembers may be off by rounding, and by no more
             difference, allowed = largest, rounding
         else:
             online = reference.compute(batch)
-            allowed = 4 * float((online - reference.compute(batch)).abs().max())
-            difference = float((result.logps - online).abs().max())
+            allowed = 4 * _largest(online - reference.compute(batch))
+            difference = _largest(result.logps - online)
             # with a gradient and without, it is two programs; of T5, two backends, as its position bias is trained
             if self.args.torch_compile or self.args.is_encoder_decoder:
                 allowed += rounding
@@ -469,6 +509,7 @@ class DPOTrainer(Surface):
             gc.collect()  # see _garbage_waits
         if self.control.should_log and self._running.sums.sums is not None:
             self.log(self._read_metrics())
+            self._report_faults()
             self._agree_on_control()
         if self.control.should_evaluate:
             self.evaluate()
@@ -476,6 +517,14 @@ class DPOTrainer(Surface):
         if self.control.should_save or self._ended_by:
             self._write_checkpoint()
             self._agree_on_control()
+
+    def _report_faults(self) -> None:
+        """Tells of steps whose numbers were not finite, or ends the run at them."""
+        self._guard.poll(wait=True)
+        if self._guard.found and not isinstance(self.reference, NoReference):
+            self.reference.memory.forget_non_finite()
+        tokenizer, output_dir = text_part(self.processing_class), Path(str(self.args.output_dir))
+        self._guard.report(self.model, tokenizer, output_dir, self.ranks)
 
     def _end_if_told(self) -> None:
         """Saves and ends where a signal came, also since the last step."""
@@ -489,44 +538,46 @@ class DPOTrainer(Surface):
         end(self._ended_by)
 
     def _write_checkpoint(self) -> None:
+        self._report_faults()
         args, output_dir, state = self.args, Path(str(self.args.output_dir)), self.state
         directory = checkpoint.path_of(output_dir, state)
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(directory)
         self._saved_step = state.global_step
         parts = None if args.save_only_model else self._run_state().gather(self._position)
+        weights = checkpoint.whole_weights(self.model, args.should_save)
         if args.should_save:
-            self._write_files(directory, parts)
+            self._write_files(directory, parts, weights)
         self.control = self.callback_handler.on_save(args, state, self.control)
 
-    def _write_files(self, directory: Path, parts: dict[str, Any] | None) -> None:
+    def _write_files(self, directory: Path, parts: dict[str, Any] | None, weights: checkpoint.Weights) -> None:
         args, state = self.args, self.state
         state.stateful_callbacks = callback_states(self.callback_handler.callbacks)  # type: ignore[assignment]
         self.hub.before_checkpoint()
         with checkpoint.written_whole(directory) as draft:
-            checkpoint.save_model(self.model, self.processing_class, draft)
+            checkpoint.save_model(self.model, self.processing_class, draft, weights)
             state.save_to_json(str(draft / checkpoint.STATE))
             if parts is not None:
-                write(self.model, parts, draft)
+                write(self.model, parts, draft, weights)
         checkpoint.remove_old(directory.parent, directory, state, args.save_total_limit)
-        self._push_checkpoint(directory)
+        self._push_checkpoint(directory, weights)
 
     def _read_metrics(self) -> dict[str, float]:
         running = self._running
         norm = [] if running.grad_norm is None else [running.grad_norm]
         metrics, extra = running.sums.read(self.ranks, *norm)
         first = running.logged_steps == 0
-        running.logged(metrics.pop("loss"), self.state.global_step)
+        self._guard.poll(wait=True)
+        running.logged(metrics.pop("loss"), self.state.global_step, self.args.logging_nan_inf_filter)
         if extra == [0.0] and first:
             logger.warning("the gradient norm is exactly 0: what is to train has no part in the log-probs")
-        if not all(map(math.isfinite, [running.window_loss, *extra])):
-            logger.warning("step %d: loss or gradient norm is not finite: the run diverged", self.state.global_step)
         row = {
             "loss": running.window_loss,
             **dict(zip(["grad_norm"], extra, strict=False)),
             "learning_rate": running.learning_rate,
         }
-        return {**row, **metrics, "num_tokens": running.tokens}
+        skipped = {} if self._guard.stops else {"skipped_steps": running.skipped_steps}
+        return {**row, **metrics, "num_tokens": running.tokens, **skipped}
 
     def _finish(self, seconds: float) -> TrainOutput:
         """The last row of the log."""
@@ -540,6 +591,8 @@ class DPOTrainer(Surface):
             "train_tokens_per_second": round(self._running.tokens / seconds, 3),
             "train_loss": self._running.mean_loss,
         }
+        if not self._guard.stops:
+            metrics["train_skipped_steps"] = self._running.skipped_steps
         self.log(metrics)
         self.hub.finish()
         self.control = self.callback_handler.on_train_end(args, state, self.control)
@@ -562,8 +615,9 @@ class DPOTrainer(Surface):
         override this pass on, changes nothing.
         """
         directory = Path(str(output_dir or self.args.output_dir))
+        weights = checkpoint.whole_weights(self.model, self.args.should_save)
         if self.args.should_save:
-            self._write_model(directory)
+            self._write_model(directory, weights)
         if self.args.push_to_hub and self.ranks.is_main and directory == Path(str(self.args.output_dir)):
             self.hub.push("Model save")
 
@@ -617,6 +671,11 @@ class DPOTrainer(Surface):
         """
         self.accelerator = Accelerator(mixed_precision="no", cpu=self.args.use_cpu)
         self.accelerator.gradient_accumulation_steps = 1  # which the environment may have set: losses are divided here
+
+
+def _largest(values: Tensor) -> float:
+    """By its size, of those that are finite (of the others nonfinite.py tells); 0 where there are none."""
+    return float(values.nan_to_num(0.0, 0.0, 0.0).abs().max()) if values.numel() else 0.0
 
 
 @dataclass(frozen=True)

@@ -54,16 +54,16 @@ _WORKS = {
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_in_order "
     "dataloader_multiprocessing_context",
     "optimizer and schedule": "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim "
-    "optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm",
+    "optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm on_nonfinite",
     "precision and device": "bf16 fp16 tf32 use_cpu torch_compile torch_compile_backend torch_compile_mode",
     # parameters that no process has a gradient for are always found
-    "several processes": "ddp_backend ddp_timeout ddp_find_unused_parameters",
+    "several processes": "fsdp fsdp_config ddp_backend ddp_timeout ddp_find_unused_parameters",
     "reproducibility": "seed data_seed full_determinism",
     "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size load_best_model_at_end "
     "metric_for_best_model greater_is_better eval_accumulation_steps batch_eval_metrics eval_do_concat_batches "
     "include_for_metrics generate_during_eval",
-    "logging": "logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir log_level "
-    "log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
+    "logging": "report_html logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir "
+    "log_level log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
     "trackio_static_space_id",
     "saving": "output_dir overwrite_output_dir save_strategy save_steps save_total_limit save_on_each_node "
     "save_only_model resume_from_checkpoint push_to_hub hub_model_id hub_strategy hub_token hub_private_repo "
@@ -93,8 +93,6 @@ _RENAMED: dict[str, tuple[Any, str, Mapping[Any, Any] | None]] = {
 
 # (what is missing, what to do until then) -> options. Every value but the default raises.
 _NOT_YET = {
-    ("sharding a model over processes", "let each hold the whole model"): "fsdp fsdp_config fsdp_min_num_params "
-    "fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config",
     ("a report of memory", "read the GPU's own counters"): "skip_memory_metrics",
 }
 
@@ -104,6 +102,13 @@ _REFUSED = {
     "optim_target_modules": ("it belongs to optimizers like GaLore, which are refused", "take optim='adamw_8bit'"),
     "accelerator_config": ("every process reads its own rows, and no loader is accelerate's", "leave it out"),
     "ddp_bucket_cap_mb": ("gradients are summed once they are all there", "leave it out"),
+    "deepspeed": (
+        "FSDP2 shards weights, gradients and optimizer states as ZeRO-3 does",
+        "take fsdp=True, or a config of accelerate's for FSDP with fsdp_version 2",
+    ),
+    "parallelism_config": ("processes share pairs, and weights by FSDP2, in no other way", "take fsdp=True"),
+    "fsdp_min_num_params": ("units are transformer blocks", "leave it out"),
+    "fsdp_transformer_layer_cls_to_wrap": ("fsdp_config has it", "set its transformer_layer_cls_to_wrap"),
     "ddp_static_graph": ("gradients are summed once they are all there", "leave it out"),
     "ddp_broadcast_buffers": ("all processes start from the first one's buffers", "leave it out"),
     "prediction_loss_only": ("predictions are kept for compute_metrics alone", "leave that out"),
@@ -179,6 +184,7 @@ CHOICES = {
     "bnb_4bit_quant_storage": ("uint8", "float16", "bfloat16", "float32"),
     "f_divergence_type": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"),
     "train_sampling_strategy": ("random", "sequential", "group_by_length"),
+    "on_nonfinite": ("raise", "skip"),
     "log_level": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
     "log_level_replica": ("detail", "debug", "info", "warning", "error", "critical", "passive"),
 } | {name: tuple(member.value for member in enum) for name, enum in ENUMS.items()}
@@ -228,6 +234,12 @@ RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 )
 
 
+def brief(value: Any) -> str:
+    """What came, in a message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'beta'?` where a known name is like this one, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
@@ -238,6 +250,8 @@ def changes_nothing(value: Any, default: Any) -> bool:
     """Whether `value` asks for what `default` does; one empty value is as good as another."""
     if isinstance(value, AcceleratorConfig):  # what transformers makes of None
         return value == AcceleratorConfig()
+    if getattr(value, "ndim", 0):  # an array has no one truth value
+        return False
     return value == default or (not value and (not default or default in ("no", "auto")))
 
 
@@ -245,9 +259,9 @@ def refusal(name: str, value: Any) -> ValueError:
     verdict = VERDICTS[name]
     if verdict.kind == "not_yet":
         return ValueError(
-            f"{name}={value!r} is not available yet in this version: {verdict.reason} comes later; {verdict.instead}."
+            f"{name}={brief(value)} is not available yet in this version: {verdict.reason} comes later; {verdict.instead}."
         )
-    return ValueError(f"{name}={value!r} is not supported: {verdict.reason}; {verdict.instead}.")
+    return ValueError(f"{name}={brief(value)} is not supported: {verdict.reason}; {verdict.instead}.")
 
 
 def present_names(options: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
@@ -267,6 +281,8 @@ def present_names(options: Mapping[str, Any], fields: Iterable[str]) -> dict[str
         _, new, values = _RENAMED[name]
         if new in present:
             raise ValueError(f"{name} is the old name of {new}, and both are given: keep {new}.")
+        if values and value is not True:
+            raise ValueError(f"{name} is the old name of {new}, and must be true or false, got {brief(value)}.")
         present[new] = values[value] if values else value
         logger.warning("%s is the old name of %s: %s=%r is used", name, new, new, present[new])
     return present

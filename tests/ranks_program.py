@@ -6,6 +6,7 @@ OUT/NAME-RANK.pt.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from conftest import praise_and_scolding, tiny_llama
+from conftest import draw_no_picture, praise_and_scolding, tiny_llama
 from datasets import Dataset
 from peft import LoraConfig
 from test_out_of_memory import Operations
@@ -29,6 +31,7 @@ from fastdpo.batch import OptimizerBatch
 from fastdpo.collator import padded_rows
 from fastdpo.data import ID_COLUMNS, TokenPair
 from fastdpo.ranks import GradientSum, Ranks
+from fastdpo.sharding import whole
 
 PAIRS = 12
 ROWS = praise_and_scolding()
@@ -55,6 +58,14 @@ def options(out: Path, count: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+class KindsOfGradients(TrainerCallback):
+    def __init__(self) -> None:
+        self.kinds: set[str] = set()
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.kinds |= {type(p.grad).__name__ for p in model.parameters() if p.requires_grad}
+
+
 def trainer_of(
     out: Path,
     count: int,
@@ -65,7 +76,7 @@ def trainer_of(
     hooks: dict[str, Any] | None = None,
     **more: Any,
 ) -> fastdpo.DPOTrainer:
-    return fastdpo.DPOTrainer(
+    trainer = fastdpo.DPOTrainer(
         model or tiny_llama(),
         args=fastdpo.DPOConfig(**options(out, count, **more)),
         train_dataset=rows,
@@ -74,13 +85,16 @@ def trainer_of(
         peft_config=LORA if lora else None,
         **(hooks or {}),
     )
+    trainer.add_callback(KindsOfGradients)
+    return trainer
 
 
 def summary(trainer: fastdpo.DPOTrainer, **more: Any) -> dict[str, Any]:
     """What is the same whatever the number of processes, as far as it is."""
     log = [{k: v for k, v in row.items() if not k.endswith(TIMING)} for row in trainer.state.log_history]
-    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
-    return {"log": log, "weights": weights, **more}
+    weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    kinds = [one.kinds for one in trainer.callback_handler.callbacks if isinstance(one, KindsOfGradients)]
+    return {"log": log, "weights": weights, "gradients": sorted(set().union(*kinds)), **more}
 
 
 def run(out: Path, count: int, **more: Any) -> dict[str, Any]:
@@ -101,6 +115,7 @@ def sampled(out: Path, count: int) -> dict[str, Any]:
     """Two sets drawn by weight, noise on embeddings, and samples, which the first process alone writes."""
     drawn = {"rows": [ROWS[:12], ROWS[12:]], "train_dataset_weights": [2.0, 1.0], "neftune_noise_alpha": 5.0}
     evaluating = {"eval_dataset": ROWS[:7], "eval_strategy": "epoch", "generate_during_eval": True}
+    evaluating["max_length"] = 80  # no row has as many, and samples end there
     return run(out, count, lora=True, **drawn, **evaluating)
 
 
@@ -341,6 +356,29 @@ def evaluated_by_one(out: Path, count: int) -> dict[str, Any]:
     raise AssertionError("it went through")
 
 
+def a_row_that_is_not_finite(out: Path, count: int) -> dict[str, Any]:
+    """One process has it, in the second step; all skip that step, or end at it."""
+    rows = [row | {"chosen": row["chosen"] + " ZZ" * (number == 15)} for number, row in enumerate(ROWS)]
+    more: Any = {"rows": rows, "train_sampling_strategy": "sequential", "loss_type": "bco_pair", "logging_steps": 4}
+
+    def broken() -> torch.nn.Module:
+        model = tiny_llama()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[byte_level()("Z", add_special_tokens=False)["input_ids"][0]] = torch.nan
+        return model
+
+    skipping = trainer_of(out, count, model=broken(), on_nonfinite="skip", **more)
+    skipping.train()
+    ending = trainer_of(out / f"ending-{count}", count, model=broken(), **more)
+    try:
+        ending.train()
+    except FloatingPointError as error:
+        found = summary(skipping, error=str(error), ended=summary(ending)["weights"])
+        saved = out / f"ending-{count}/run/nonfinite-step-2"
+        return {**found, "rows": (saved / "rows.jsonl").read_text()}
+    raise AssertionError("it went through")
+
+
 def rows_that_differ(out: Path, count: int) -> dict[str, Any]:
     rank = torch.distributed.get_rank() if count > 1 else 0
     try:
@@ -351,14 +389,9 @@ def rows_that_differ(out: Path, count: int) -> dict[str, Any]:
 
 
 def workers(out: Path, count: int) -> dict[str, Any]:
-    """Processes that collate, spawned: what they are given is pickled."""
+    """Processes that collate; of two, spawned: what they are given is pickled."""
     more: Any = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "max_steps": 2}
-    method = torch.multiprocessing.get_start_method(allow_none=True)
-    torch.multiprocessing.set_start_method("spawn", force=True)
-    try:
-        return run(out, count, **more)
-    finally:
-        torch.multiprocessing.set_start_method(method, force=True)
+    return run(out, count, dataloader_multiprocessing_context="spawn" if count == 2 else "fork", **more)
 
 
 def evaluated_out_of_memory(out: Path, count: int) -> dict[str, Any]:
@@ -437,13 +470,17 @@ def attempts_of(trainer: fastdpo.DPOTrainer, failing: Callable[[int], int | None
     return counts
 
 
+USUAL: dict[str, list[int]] = {}  # operations of each step of a loss, where nothing fails
+
+
 def out_of_memory(out: Path, count: int, loss: str, where: float) -> dict[str, Any]:
     """The last rank alone runs out of memory, in its second step, and again at its next try."""
     more: Any = {"loss_type": loss, "max_tokens_per_microbatch": 10_000, "max_steps": 3}
-    usual = attempts_of(trainer_of(out, count, **more), lambda attempt: None)
+    if loss not in USUAL:
+        USUAL[loss] = attempts_of(trainer_of(out, count, **more), lambda attempt: None)
     trainer = trainer_of(out, count, **more)
     last = trainer.ranks.rank == count - 1
-    at = 1 + round(where * (usual[1] - 1))
+    at = 1 + round(where * (USUAL[loss][1] - 1))
     counts = attempts_of(trainer, lambda attempt: at if last and attempt in (1, 2) else None)
     return summary(trainer, attempts=len(counts), budget=trainer._retry.budget)
 
@@ -511,16 +548,20 @@ SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
         ),
         *(slow_to_save, stopped_by_one, asked_by_one, stopped_before_the_first_step_by_one, evaluated_by_one),
         *(workers, evaluated_out_of_memory, gradients_that_only_some_have, rows_that_differ),
+        a_row_that_is_not_finite,
     )
 } | OUT_OF_MEMORY
 
 
 def main(out: Path, count: int, names: list[str]) -> None:
     torch.set_num_threads(1)
-    for name in names:
-        torch.manual_seed(0)
-        found = SCENARIOS[name](out, count)
-        torch.save(found, out / f"{name}-{torch.distributed.get_rank()}.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_no_picture(patch)
+        for name in names:
+            gc.freeze()  # a run would look through all that is imported, and takes five times as long
+            torch.manual_seed(0)
+            found = SCENARIOS[name](out, count)
+            torch.save(found, out / f"{name}-{torch.distributed.get_rank()}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -194,7 +194,7 @@ def test_a_dataset_with_splits_serves_for_evaluation_and_a_file_does_not(trained
     [
         (["--beta", "0"], "fastdpo: error: beta must be above 0, got 0.0."),
         (["--loss_type", "hnge"], "fastdpo: error: unknown loss 'hnge', there are sigmoid, "),
-        (["--fsdp", "full_shard"], "fastdpo: error: fsdp='full_shard' is not available yet"),
+        (["--deepspeed", "zero3.json"], "fastdpo: error: deepspeed='zero3.json' is not supported: FSDP2 shards"),
         (["--past_index", "2"], "fastdpo: error: past_index=2 is not supported"),
         (["--do_predict"], "fastdpo: error: do_predict has no meaning here"),
         (["--do_eval"], "fastdpo: error: do_eval needs a time to evaluate"),

@@ -106,4 +106,5 @@ def test_demo_learns_manners_it_did_not_have_and_leaves_its_curves(tmp_path):
     assert re.search(r"Held-out reward accuracy (0\.9\d|1\.00), at least 0\.9: learned", run.stdout)
     assert run.stdout.count("before DPO:") == run.stdout.count("after DPO:") == 2
     assert (tmp_path / "curves.png").stat().st_size > 5000
+    assert str(tmp_path / "report.html") in run.stdout and (tmp_path / "report.html").stat().st_size > 20_000
     assert (tmp_path / "adapter_model.safetensors").exists()

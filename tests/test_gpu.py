@@ -563,11 +563,13 @@ def test_two_runs_are_bitwise_the_same(rows, tokenizer, quick) -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_a_step_waits_for_the_device_at_log_lines_only(rows, tokenizer, quick) -> None:
-    quick |= {"max_steps": 6, "logging_steps": 100}
+@pytest.mark.parametrize("broken", [0, 3], ids=["finite", "one step of NaN"])
+def test_a_step_waits_for_the_device_at_log_lines_only(broken, rows, tokenizer, quick) -> None:
+    quick |= {"max_steps": 6, "logging_steps": 100, "on_nonfinite": "skip"}
     trainer = fastdpo.DPOTrainer(
         tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
     )
+    trainer.model.model.norm.weight.register_hook(lambda g: g * (math.nan if len(seen) + 1 == broken else 1.0))
     step, seen = trainer._optimizer_step, []
 
     def watched(batches: list) -> None:
@@ -580,7 +582,8 @@ def test_a_step_waits_for_the_device_at_log_lines_only(rows, tokenizer, quick) -
 
     trainer._optimizer_step = watched
     trainer.train()
-    assert len(seen) == 6
+    assert len(seen) == 6 and all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+    assert trainer.state.log_history[-1]["train_skipped_steps"] == bool(broken)
 
 
 @pytest.mark.parametrize("given", ["path", "loaded"])

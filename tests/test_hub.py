@@ -111,10 +111,8 @@ def test_what_is_uploaded_when_is_what_the_strategy_says(strategy, uploaded, hub
         assert (options["repo_id"], options["token"], options["revision"]) == ("me/better", "hf_secret", "dev")
         assert {"model.safetensors", "tokenizer.json"} <= set(options["held"])
         if options["folder"] == "out":
-            assert (
-                options["ignore_patterns"] == ["_*", "checkpoint-*", ".checkpoint-*", "samples.md"]
-                and "README.md" in options["held"]
-            )
+            never = ["_*", "checkpoint-*", ".checkpoint-*", "samples.md", "report.html", ".report.*"]
+            assert options["ignore_patterns"] == never and "README.md" in options["held"]
     assert hub.uploads[-1]["commit_message"] == "Model save"
 
 

@@ -25,7 +25,10 @@ TESTS = Path(__file__).parent
 PROCESSES = (2, 3)
 # not what one process does
 OF_THEIR_OWN = ("noisy", "a_pair_that_never_fits", "gradients_that_only_some_have", "rows_that_differ")
-OF_THEIR_OWN += ("evaluated_by_one",)
+OF_THEIR_OWN += (
+    "evaluated_by_one",
+    "a_row_that_is_not_finite",
+)
 COMPARED = [name for name in SCENARIOS if name not in OF_THEIR_OWN]
 
 
@@ -129,6 +132,24 @@ def test_processes_compute_the_reference_ahead_together(count: int, found: Any, 
     for result in found("precomputed", count):
         assert result["keys"] == expected["keys"] and result["freed"]
         torch.testing.assert_close(result["values"], expected["values"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_a_row_of_one_process_that_is_not_finite_skips_the_step_of_all_or_ends_them(
+    count: int, found: Any, alone: Any
+) -> None:
+    expected, (first, *others) = alone("a_row_that_is_not_finite"), found("a_row_that_is_not_finite", count)
+    for result in (first, *others):
+        assert "step 2: the loss is not finite" in result["error"] and "loss of row 15 of" in result["error"]
+        assert [row.get("train_skipped_steps") for row in result["log"]] == [None, 2]
+        for weights in ("weights", "ended"):
+            for name, value in expected[weights].items():
+                ours, known = result[weights][name], value.isfinite()
+                assert (ours[known] - value[known]).norm() <= 1e-5 * value[known].norm(), name
+                assert torch.equal(ours.nan_to_num(), first[weights][name].nan_to_num())
+        rows = [json.loads(line) for line in result["rows"].splitlines()]
+        assert sorted(row["row"] for row in rows) == list(range(12, 24))
+        assert {row["process"] for row in rows} == set(range(count))
 
 
 @pytest.mark.parametrize("count", PROCESSES)
@@ -246,9 +267,3 @@ def test_more_processes_than_gpus_are_refused(quick: dict, monkeypatch: pytest.M
     monkeypatch.setattr(fastdpo.DPOConfig, "device", torch.device("cuda"))
     with pytest.raises(ValueError, match="4 processes were launched on 2 GPUs"):
         config._check_devices()
-
-
-def test_an_engine_that_shards_is_refused(monkeypatch: pytest.MonkeyPatch, quick: dict) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="configured for FSDP.*MULTI_GPU"):
-        fastdpo.DPOConfig(**quick).validate()

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from conftest import tiny_llama
+from conftest import figure, tiny_llama
 from peft import LoraConfig
 from tiny_models import tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -326,3 +326,4 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(rows, tokenize
         for options in (steady, shaken)
     )
     assert one == other
+    figure(f"{kills} kills, and the bits and the log of a run without")

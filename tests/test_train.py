@@ -910,7 +910,12 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Fills with one entry a forward pass of any policy: whether it was one with gradients."""
     seen: list[bool] = []
     forward = Policy.forward
-    monkeypatch.setattr(Policy, "forward", lambda *args: seen.append(torch.is_grad_enabled()) or forward(*args))
+
+    def watched(policy: Policy, *args: Any, **more: Any) -> Any:
+        seen.append(torch.is_grad_enabled())
+        return forward(policy, *args, **more)
+
+    monkeypatch.setattr(Policy, "forward", watched)
     return seen
 
 

@@ -1,0 +1,44 @@
+"""Errors whose cause lies outside of a run: what to do about each, and where the run goes on, noted on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastdpo.checkpoint import checkpoints
+
+# Words of an error -> what it means. Such errors come as RuntimeErrors, or as what a data worker raised.
+ADVICE = {
+    ("killed by signal", "exited unexpectedly"): (
+        "a process that prepares batches ended. What a system kills is most often out of the machine's memory, or of "
+        "/dev/shm: ask for fewer dataloader_num_workers, or for 0, which says more where a row is at fault"
+    ),
+    ("in DataLoader worker process",): (
+        "a process that prepares batches raised it, as its own traceback says; with dataloader_num_workers=0 it comes "
+        "where it can be looked at"
+    ),
+    ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "pair closure"): (  # gloo's words
+        "another process of this run ended, or did nothing for ddp_timeout seconds: its own error says why"
+    ),
+}
+
+
+@contextmanager
+def explained(output_dir: Path) -> Iterator[None]:
+    """Within it such errors are noted upon."""
+    try:
+        yield
+    except Exception as error:
+        for words, advice in ADVICE.items():
+            if any(word in str(error) for word in words):
+                error.add_note(f"fastdpo: {advice}. {_onwards(output_dir)}")
+                break
+        raise
+
+
+def _onwards(output_dir: Path) -> str:
+    saved = checkpoints(output_dir)
+    if not saved:
+        return "No checkpoint was saved: save_strategy='steps' with a smaller save_steps saves them on the way"
+    return f"resume_from_checkpoint=True goes on from {saved[-1].name}"

@@ -1,0 +1,128 @@
+"""What tests/test_fsdp.py runs beside scenarios of ranks_program.py: `python fsdp_program.py OUT NAME ...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ranks_program
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from ranks_program import LORA, RESUMED, run, summary, trainer_of
+from test_encoder_decoder import tiny
+from torch import distributed
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from fastdpo.sharding import is_sharded
+
+
+def fused(out: Path, count: int) -> dict[str, Any]:
+    more: Any = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}}
+    return run(out, count, lora=True, fused_kernels=True, **more)
+
+
+def tied(out: Path, count: int) -> dict[str, Any]:
+    """Embedding and head are one tensor, also on disk; the reference follows."""
+    more: Any = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5}
+    trainer = trainer_of(out / str(count), count, model=tiny_llama(tie_word_embeddings=True), **more)
+    trainer.train()
+    trainer.save_model()
+    found = summary(trainer)
+    trainer.ranks.wait()
+    saved = AutoModelForCausalLM.from_pretrained(out / str(count) / "run")
+    assert saved.lm_head.weight is saved.model.embed_tokens.weight
+    return {**found, "saved": {name: value.clone() for name, value in saved.state_dict().items()}}
+
+
+def norms_beside_adapters(out: Path, count: int) -> dict[str, Any]:
+    """What trains of the base has its first values whenever the reference runs."""
+    model = get_peft_model(tiny_llama(), LORA)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+    return run(out, count, model=model, save_strategy="steps", save_steps=2)
+
+
+def a_trained_adapter(out: Path, count: int) -> dict[str, Any]:
+    """With one on the head, too; its frozen copy is the reference."""
+    model = get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    return run(out, count, model=model)
+
+
+def encoder_decoder(out: Path, count: int) -> dict[str, Any]:
+    found = run(out, count, model=tiny("t5", 500), is_encoder_decoder=True, max_tokens_per_microbatch=None)
+    del found["log"][0]["rewards/accuracies"]  # the first margins are rounding, of either sign
+    return found
+
+
+def half(out: Path, count: int) -> dict[str, Any]:
+    return run(out, count, bf16=True, max_steps=2)
+
+
+def continued(out: Path, count: int) -> dict[str, Any]:
+    """From a checkpoint of one process, of the same run."""
+    trainer = trainer_of(out, count, **RESUMED)
+    trainer.train(resume_from_checkpoint=os.environ.get("FASTDPO_TEST_CHECKPOINT"))
+    return summary(trainer)
+
+
+def gathers(out: Path, count: int) -> dict[str, Any]:
+    """How often weights are gathered, and from how many micro-batches on."""
+    trainer = trainer_of(out, count, reference_free=True, max_steps=2, max_tokens_per_microbatch=100)
+    name = next(name for name in ("all_gather_single", "all_gather_into_tensor") if hasattr(distributed, name))
+    gather, calls, batches = getattr(distributed, name), [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            calls.clear()
+
+    backward = trainer._backward
+    trainer._backward = lambda whole: batches.append(len(whole.microbatches)) or backward(whole)  # type: ignore[method-assign]
+    setattr(distributed, name, lambda *given, **more: calls.append(1) or gather(*given, **more))
+    trainer.add_callback(Watch())
+    try:
+        trainer.train()
+    finally:
+        setattr(distributed, name, gather)
+    return summary(trainer, gathers=len(calls), batches=batches[-1])
+
+
+def shares(out: Path, count: int) -> dict[str, Any]:
+    """Elements that this process holds, of weights and of optimizer states."""
+    trainer = trainer_of(out, count, max_steps=1)
+    trainer.train()
+    weights = list(trainer.policy.parameters())
+    states = [value for state in trainer.optimizer.state.values() for value in state.values() if value.dim()]
+    held = [sum((t.to_local() if is_sharded(t) else t).numel() for t in part) for part in (weights, states)]  # type: ignore[operator]
+    return summary(trainer, held=held, whole=sum(weight.numel() for weight in weights))
+
+
+def refused(out: Path, count: int) -> dict[str, Any]:
+    said = {}
+    for name, more in {
+        "fp16": {"fp16": True},
+        "torch_compile": {"torch_compile": True},
+        "load_in_4bit": {"load_in_4bit": True, "lora": True},
+        "optim": {"optim": "adafactor"},
+        "activation_checkpointing": {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
+    }.items():
+        try:
+            trainer_of(out, count, **more).train()
+        except ValueError as error:
+            said[name] = str(error)
+    return {"said": said}
+
+
+SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        *(fused, tied, norms_beside_adapters, a_trained_adapter, encoder_decoder, half, continued, gathers, shares),
+        refused,
+    )
+}
+
+if __name__ == "__main__":
+    ranks_program.SCENARIOS.update(SCENARIOS)
+    ranks_program.main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), sys.argv[2:])
