@@ -75,7 +75,7 @@ from fastdpo.ranks import Ranks, find_ranks
 from fastdpo.reference import NoReference, Reference, find_reference
 from fastdpo.reference_cache import remember
 from fastdpo.report import HtmlReport
-from fastdpo.sharding import shard
+from fastdpo.sharding import shapes_of, shard
 from fastdpo.step import MeanReward
 from fastdpo.trackers import Callbacks
 from fastdpo_kernels import launch, linear_logps, pair_loss
@@ -179,7 +179,8 @@ def build_eval_tables(source: Any, tokenizer: Any, config: DPOConfig, prefix: st
 def build_policy(model: Model, peft_config: Any, config: DPOConfig, ranks: Ranks) -> Policy:
     """The model on its device: adapters added, trained weights in fp32, the same in every process."""
     adapters = peft_config is not None or config.use_peft
-    loaded: Any = add_adapters(load_model(model, config, adapters), peft_config, config)
+    loaded: Any = load_model(model, config, adapters, reads=ranks.reads_weights)
+    loaded = add_adapters(loaded, peft_config, config)
     if config.use_peft and (routers := loaded.active_peft_config.exclude_modules):
         logger.info("adapters: on all linear layers but %d routers, such as %s", len(routers), next(iter(routers)))
     if adapters and model_kind(base_model(loaded).config) == "vision-language":
@@ -218,7 +219,7 @@ def build_ref_policy(ref_model: Model | None, policy: Policy, config: DPOConfig,
     """A reference model of its own, loaded as frozen weights are and computing as the policy does."""
     if ref_model is None:
         return None
-    loaded = load_model(ref_model, config, adapters=True, is_reference=True)
+    loaded = load_model(ref_model, config, adapters=True, is_reference=True, reads=ranks.reads_weights)
     return Policy(_placed(loaded, config, ranks), policy.autocast)
 
 
@@ -229,11 +230,15 @@ def frozen_copy(policy: Policy, ref_policy: Policy | None, config: DPOConfig, ra
     return Policy(copy.deepcopy(policy.model), policy.autocast) if needs_reference(config) else None
 
 
-def shard_policies(policies: Iterable[Policy | None], config: DPOConfig, ranks: Ranks) -> None:
-    """Under FSDP2, where each process keeps a share of the weights from here on."""
-    for policy in policies if ranks.fsdp is not None else ():
+def shard_policies(policies: Sequence[Policy | None], config: DPOConfig, ranks: Ranks) -> Policy | None:
+    """Under FSDP2: each process keeps a share of the weights from here on; -> what the first was, without them."""
+    if ranks.fsdp is None:
+        return None
+    shapes = shapes_of(policies[0])
+    for policy in policies:
         if policy is not None:
             shard(policy, ranks.fsdp, ranks.equalise, config.device)
+    return shapes
 
 
 def _placed(model: Any, config: DPOConfig, ranks: Ranks) -> Any:
@@ -311,6 +316,7 @@ def plan_batches(
     layout: Layout,
     config: DPOConfig,
     ranks: Ranks,
+    shapes: Policy | None = None,
 ) -> Plan | None:
     """On a CUDA device: the memory plan, where there is one, and from it `max_tokens_per_microbatch` where it is unset,
     and checkpointing with memory="auto". Raises ValueError where that is asked for and there is no plan.
@@ -325,7 +331,7 @@ def plan_batches(
     lengths = PairLengths.of_tables([table for table in tables.values() if table is not None], config, layout.packed)
     budget, plan = 0, None
     try:
-        plan = plan_run(policy, reference.policy, config, lengths, layout.packed)
+        plan = plan_run(policy, reference.policy, config, lengths, layout.packed, shapes, ranks)
         budget = max(1, plan.token_budget)
         for line in plan.lines():
             logger.log(logging.INFO if plan.fits else logging.WARNING, "memory: %s", line)
@@ -382,11 +388,11 @@ def compute_reference(
     tables["train"] = build_train_table(train_dataset, tokenizer, config)
     source = model if ref_model is None else ref_model
     frozen = config.use_peft or ref_model is not None
-    loaded: Any = load_model(source, config, adapters=frozen, is_reference=ref_model is not None)
+    ranks = find_ranks(config)
+    loaded: Any = load_model(source, config, frozen, ref_model is not None, ranks.reads_weights)
     if not frozen:
         loaded.float()  # as what trains in full is
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
-    ranks = find_ranks(config)
     policy = Policy(_placed(loaded, config, ranks), autocast).requires_grad_(False).eval()
     shard_policies([policy], config, ranks)
     tables = check_fit(policy, None, tables, tokenizer, config)
@@ -565,7 +571,10 @@ def _facts(
             misread[0],
         )
     if ranks.count > 1:
-        yield "processes", f"{ranks.count}, each with the whole model; gradients are summed once a step"
+        how = "the whole model; gradients are summed once a step"
+        if ranks.fsdp is not None:
+            how = "a share of each weight (FSDP2); gradients are summed with each micro-batch's backward"
+        yield "processes", f"{ranks.count}, each with {how}"
     yield "layout", f"{'packed, prompts shared' if layout.packed else 'padded'} ({layout.reason})"
     yield "reference", reference.description
     if policy.router_coef:

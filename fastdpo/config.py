@@ -569,8 +569,8 @@ class DPOConfig(TrainingArguments):
         compiles = [name for name in ("torch_compile_backend", "torch_compile_mode") if getattr(self, name)]
         if compiles and not self.torch_compile:
             raise ValueError(
-                f"{compiles[0]}={brief(getattr(self, compiles[0]))} has no effect without torch_compile=True: set that, "
-                "or leave it out."
+                f"{compiles[0]}={brief(getattr(self, compiles[0]))} has no effect without torch_compile=True: set "
+                "that, or leave it out."
             )
         if self.fused_kernels and self.torch_compile:
             raise ValueError(
@@ -685,7 +685,6 @@ class DPOConfig(TrainingArguments):
         reasons = {
             "fp16": (self.fp16, "its loss scaling is not known to shares of gradients: set bf16=True"),
             "torch_compile": (self.torch_compile, "compiled blocks and gathered weights were not tried: leave it out"),
-            "memory": (self.memory, "there is no plan for sharded weights: set max_tokens_per_microbatch"),
             "load_in_4bit": (self.quantizes, "quantised weights are not sharded: configure accelerate for MULTI_GPU"),
             "save_only_model": (
                 self.save_only_model and self.load_best_model_at_end,

@@ -125,7 +125,12 @@ class RowEncoder:
     prefix: list[int]  # what the tokenizer puts before every text: BOS, or nothing
 
     def __call__(self, batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        try:
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        except (ValueError, OverflowError) as error:  # numbers that a table keeps as text, and does not read again
+            raise ValueError(
+                f"The {self.name} dataset, rows {indices[0]} to {indices[-1]}, cannot be read from its table: {error}."
+            ) from error
         places = [f"The {self.name} dataset, row {index}" for index in indices]
         if set(ID_COLUMNS) <= set(batch):
             pairs = [(TokenPair(*given_ids(row, where)), False) for row, where in zip(rows, places, strict=True)]

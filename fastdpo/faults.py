@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastdpo.checkpoint import checkpoints
 
-# Words of an error -> what it means. Such errors come as RuntimeErrors, or as what a data worker raised.
+logger = logging.getLogger(__name__)
+
+# Words of an error -> what it means. They come as errors of many kinds: safetensors', RuntimeErrors, a worker's own.
+GLOO = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "pair closure")
 ADVICE = {
+    ("No space left",): "the disk is full: make room",
     ("killed by signal", "exited unexpectedly"): (
         "a process that prepares batches ended. What a system kills is most often out of the machine's memory, or of "
         "/dev/shm: ask for fewer dataloader_num_workers, or for 0, which says more where a row is at fault"
@@ -18,9 +23,7 @@ ADVICE = {
         "a process that prepares batches raised it, as its own traceback says; with dataloader_num_workers=0 it comes "
         "where it can be looked at"
     ),
-    ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "pair closure"): (  # gloo's words
-        "another process of this run ended, or did nothing for ddp_timeout seconds: its own error says why"
-    ),
+    GLOO: "another process of this run ended, or did nothing for ddp_timeout seconds: its own error says why",
 }
 
 
@@ -32,7 +35,10 @@ def explained(output_dir: Path) -> Iterator[None]:
     except Exception as error:
         for words, advice in ADVICE.items():
             if any(word in str(error) for word in words):
-                error.add_note(f"fastdpo: {advice}. {_onwards(output_dir)}")
+                note = f"fastdpo: {advice}. {_onwards(output_dir)}"
+                error.add_note(note)
+                if words is GLOO:  # torchrun ends this process too, perhaps before it has shown a traceback
+                    logger.error("%s (%s)", note, error)
                 break
         raise
 

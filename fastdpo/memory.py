@@ -41,11 +41,14 @@ from fastdpo.model import (
     model_kind,
 )
 from fastdpo.quantized import quantized_by, quantized_scales
-from fastdpo.ranks import BUCKET_BYTES
+from fastdpo.ranks import BUCKET_BYTES, Ranks
 from fastdpo.rows import IMAGE_COLUMNS
+from fastdpo.sharding import gathered_bytes, share_of
 from fastdpo_kernels import launch
 
 logger = logging.getLogger(__name__)
+
+ALONE = Ranks()
 
 GiB, MiB = 2**30, 2**20
 
@@ -212,6 +215,7 @@ class Plan:
     gradients: int
     optimizer_states: int
     update: int  # beside them, while the optimizer steps
+    gathered: int  # under FSDP2: weights that are whole for a while; the rest are this process's shares
     products: int  # cuBLAS workspaces
     context: int  # CUDA's own, outside of torch's allocator
     slack: int  # torch's allocator holds and cannot give out
@@ -228,7 +232,7 @@ class Plan:
     def fixed(self) -> int:
         """What is there between micro-batches."""
         models = self.weights + self.adapters + self.reference
-        return models + self.gradients + self.optimizer_states + self.products
+        return models + self.gradients + self.optimizer_states + self.gathered + self.products
 
     def scored(self, tokens: int) -> int:
         """Of so many tokens of a micro-batch, those of the head."""
@@ -299,6 +303,7 @@ class Plan:
             ("reference model", self.reference, "" if not self.ahead else "freed once its log-probs are known"),
             ("gradients", self.gradients, "fp32"),
             ("optimizer states", self.optimizer_states, ""),
+            *([("gathered", self.gathered, "blocks in use; unmeasured")] if self.gathered else []),
             ("activations", kept - attention, f"{made.kept.per_token / 1024:.0f} KiB a token with attention's"),
             ("attention", attention, self.backend),
             ("temporaries", peaks[phase] - kept, f"in {phase}" + (f", {head}" if "head" in phase else "")),
@@ -380,10 +385,12 @@ def plan_run(
     config: DPOConfig,
     lengths: PairLengths,
     packed: bool,
+    shapes: Policy | None = None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """The plan of a run whose models are loaded on a CUDA device: of its own memory and what is free on the card.
 
-    With memory="auto" it sets the config's checkpointing.
+    With memory="auto" it sets the config's checkpointing. `shapes`: what a policy was before `ranks` shared it out.
     """
     device = config.device
     free, _ = torch.cuda.mem_get_info(device)
@@ -395,7 +402,8 @@ def plan_run(
     known: dict[Any, Measured] = {}
 
     def plan_of(config: DPOConfig) -> Plan:
-        return _plan(policy, config, lengths, packed, facts, card, memory=memory, reference=separate, known=known)
+        given = {"memory": memory, "reference": separate, "known": known, "ranks": ranks}
+        return _plan(shapes or policy, config, lengths, packed, facts, card, **given)
 
     plan, chosen = climb(plan_of, config)
     for name in ("memory", *_CHECKPOINT):
@@ -445,7 +453,7 @@ def tensor_bytes(module: nn.Module, trained: bool | None = None) -> int:
     or only those that do not.
     """
     tensors = [*module.parameters(), *module.buffers(), *quantized_scales(module)]
-    return sum(tensor.nbytes for tensor in tensors if trained is None or tensor.requires_grad == trained)
+    return sum(share_of(tensor).nbytes for tensor in tensors if trained is None or tensor.requires_grad == trained)
 
 
 def _reference_bytes(policy: Policy, ref_config: Any, config: DPOConfig) -> int:
@@ -474,25 +482,28 @@ def _plan(
     known: dict[Any, Measured],
     ahead: int = 0,
     context: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     compute = _products(policy)
     checkpoint = bool(config.gradient_checkpointing) or checkpoints_already(policy.model)
     options = config.checkpoint_options if checkpoint else None
     fused = runs_fused(config, device)
     activations = measure_activations(policy, lengths.pair, facts, packed, options, fused, known=known)
-    trained = tensor_bytes(policy, trained=True)
-    numbers = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    shares = 1 if ranks.fsdp is None else ranks.count
+    trained = -(-tensor_bytes(policy, trained=True) // shares)
+    numbers = -(-sum(p.numel() for p in policy.parameters() if p.requires_grad) // shares)
     adapters = trained if isinstance(policy.model, PeftModel) else 0
     states, note = optimizer_bytes(config, numbers)
     return Plan(
         model=_in_words(policy, numbers, compute, options, config),
         memory=memory,
         lengths=lengths,
-        weights=tensor_bytes(policy) - adapters,
+        weights=-(-tensor_bytes(policy) // shares) - adapters,
         adapters=adapters,
         reference=reference,
         ahead=ahead,
-        gradients=trained + (min(BUCKET_BYTES, trained) if config.world_size > 1 else 0),  # summed in a buffer
+        gradients=trained + (min(BUCKET_BYTES, trained) if config.world_size > shares else 0),  # summed in a buffer
+        gathered=0 if shares == 1 else gathered_bytes(policy, ranks.fsdp),
         optimizer_states=states,
         update=4 * numbers if str(getattr(config.optim, "value", config.optim)) in _IN_LISTS else 0,
         products=_cublas_workspaces(device),

@@ -21,6 +21,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from accelerate.utils import patch_environment
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -106,9 +107,10 @@ def check_model(source: Any, name: str, config: DPOConfig) -> None:
 
 
 def load_model(
-    source: Any, config: DPOConfig, adapters: bool, is_reference: bool = False
+    source: Any, config: DPOConfig, adapters: bool, is_reference: bool = False, reads: bool = True
 ) -> PreTrainedModel | PeftModel:
-    """A name or path -> the model, its weights fit for training adapters or all of it; a loaded one as it is.
+    """A name or path -> the model, its weights fit for training adapters or all of it; a loaded one as it is. Where it
+    `reads` none, weights are on the meta device.
 
     Quantised weights are quantised tensor by tensor on the way to the device, which so never holds them whole.
     """
@@ -127,9 +129,13 @@ def load_model(
         raise ValueError(f"{source} is quantised already: leave out load_in_4bit, load_in_8bit or quantization_config")
     if config.quantizes or quantized:
         options["device_map"] = {"": config.device}
+    elif not reads:
+        options["device_map"] = "meta"
     if config.quantizes and not quantized:
         options["quantization_config"] = quantization(config, compute_dtype(config))
-    with returning_memory(config.device) if config.quantizes else nullcontext():
+    # transformers' own way to read them in one process fills others with zeros, or not, by its version
+    ours = patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+    with returning_memory(config.device) if config.quantizes else nullcontext(), ours:
         model = _read_weights(source, model_config, options)
     keep_unpacked(model)
     return model
@@ -293,7 +299,8 @@ def add_adapters(
         )  # peft asks for it
         peft_config = peft_config or _lora_config(config, base_model(model))
         check_trained_whole(model, getattr(peft_config, "modules_to_save", None))
-        adapted = get_peft_model(model, peft_config)
+        unread = input_embedding(model).weight.is_meta
+        adapted = get_peft_model(model, peft_config, low_cpu_mem_usage=unread)
     _check_head_dropout(adapted, config)
     return adapted  # type: ignore[return-value]
 

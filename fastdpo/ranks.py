@@ -56,6 +56,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def reads_weights(self) -> bool:
+        """Under FSDP2 one process may do it for all, as `shard` gives them its values."""
+        return self.is_main or self.fsdp is None or not self.fsdp.cpu_ram_efficient_loading
+
     def exchange(self, purpose: str, numbers: Sequence[int] = ()) -> list[list[int]]:
         """-> the numbers of every rank, which all give equally many: at most 7, but for gradients, before which ranks
         agree. Raises RuntimeError where ranks are at different points of the run.

@@ -243,8 +243,8 @@ def find_reference(
     copied: Policy | None = None,
 ) -> Reference:
     """The cheapest right reference for this policy, or the adapter of that name. `probe` is any batch on the policy's
-    device; `synced`: the reference is to follow the policy; `copied`: a copy of a policy that trains in full, of when it
-    could be copied. Raises ValueError where it cannot.
+    device; `synced`: the reference is to follow the policy; `copied`: a copy of a policy that trains in full, from
+    before it was sharded. Raises ValueError where it cannot.
     """
     if ref_policy is not None:
         ref_policy.requires_grad_(False).eval()

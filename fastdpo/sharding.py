@@ -12,6 +12,7 @@ torch's part is imported where it is used: it takes two seconds, which others ne
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -77,7 +78,7 @@ def shard(policy: Any, plugin: Any, equalise: Callable[[nn.Module], None], devic
     narrow = MixedPrecisionPolicy(policy.autocast, torch.float32, cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for unit in (*blocks, policy):
-        unit.to(device)
+        _move(unit, device)
         equalise(unit)
         if unit is policy:
             fully_shard(unit, mesh=mesh, mp_policy=whole)
@@ -87,6 +88,24 @@ def shard(policy: Any, plugin: Any, equalise: Callable[[nn.Module], None], devic
         unit.set_force_sum_reduction_for_comms(True)
     policy.register_forward_hook(_reshard_without_gradient)
     logger.info("FSDP2: %d blocks (%s) and what is around them, a share each", len(blocks), kinds)
+
+
+def _move(unit: nn.Module, device: torch.device) -> None:
+    """What is not sharded yet; `unit.to` would make tensors anew, shares among them. What this process did not read gets
+    room there.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
+
+    for parameter in unit.parameters():
+        if parameter.is_meta:
+            torch.utils.swap_tensors(parameter, nn.Parameter(moved(parameter), parameter.requires_grad))
+        elif not is_sharded(parameter):
+            parameter.data = moved(parameter.data)
+    for module in unit.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = moved(buffer)
 
 
 def _reshard_without_gradient(policy: Any, inputs: Any, outputs: Any) -> None:
@@ -114,6 +133,32 @@ def _blocks(model: Any, plugin: FullyShardedDataParallelPlugin) -> list[Any]:
 def is_sharded(value: Any) -> bool:
     """Whether it is a DTensor."""
     return hasattr(value, "full_tensor")
+
+
+def shapes_of(policy: Any) -> Any:
+    """A policy that is not sharded yet, without its weights: what the memory plan goes by."""
+    memo: dict[int, Any] = {}
+    for parameter in policy.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    return copy.deepcopy(policy, memo | {id(b): torch.empty_like(b, device="meta") for b in policy.buffers()})
+
+
+def gathered_bytes(policy: Any, plugin: Any) -> int:
+    """Of units that are whole at one time, beside the shares: what is around the blocks, and of blocks the one that
+    computes, the one that is fetched ahead and the buffer that it comes in; gradients of what trains, in fp32.
+    """
+    blocks = _blocks(policy.model, plugin)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    around = [parameter for parameter in policy.parameters() if id(parameter) not in inside]
+    largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+    size = policy.autocast.itemsize if policy.autocast else 0
+    block = sum(p.numel() * (size or p.itemsize) + 4 * p.numel() * p.requires_grad for p in largest.parameters())
+    return sum(p.nbytes + 4 * p.numel() * p.requires_grad for p in around) + 3 * block
+
+
+def share_of(value: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return value.to_local() if is_sharded(value) else value  # type: ignore[operator]
 
 
 def whole(value: Any) -> Any:

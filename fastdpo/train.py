@@ -156,7 +156,7 @@ class DPOTrainer(Surface):
             args.learning_rate = 2e-5 if hasattr(self.policy.model, "peft_config") else 1e-6
         ref_policy = build.build_ref_policy(ref_model, self.policy, args, self.ranks)
         copied = build.frozen_copy(self.policy, ref_policy, args, self.ranks)
-        build.shard_policies([self.policy, ref_policy, copied], args, self.ranks)
+        shapes = build.shard_policies([self.policy, ref_policy, copied], args, self.ranks)
         with build.fused_blocks([self.policy, ref_policy], args) as fused:
             tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
             self.train_dataset = tables.pop("train", None)
@@ -183,13 +183,13 @@ class DPOTrainer(Surface):
             del ref_policy, copied  # the reference alone holds it from here on, and may let go of it
             tables = {"train": self.train_dataset, **self._eval_tables}
             given_budget = args.max_tokens_per_microbatch
-            plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
+            plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks, shapes)
             freed = build.remember_reference(
                 self.reference, tables, self.policy, self.layout, args, model, ref_model, self.ranks
             )
             if freed:
                 args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
-                plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks)
+                plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks, shapes)
             facts = build.describe(self.policy, self.layout, self.reference, fused, args, self.ranks)
         if args.report_html and self.ranks.is_main:
             run = self.policy, tables, self.reference, facts, plan, args, self.ranks, began
@@ -274,7 +274,7 @@ class DPOTrainer(Surface):
         self._check_room(steps, math.ceil(epochs))
 
         explained = faults.explained(Path(str(args.output_dir)))
-        with explained, self._fused_blocks(), self._training_mode(), self._garbage_waits(), self._interrupts.noted():
+        with self._fused_blocks(), self._training_mode(), self._garbage_waits(), self._interrupts.noted(), explained:
             self.policy.train()
             self.control = handler.on_train_begin(args, self.state, self.control)
             if args.eval_on_start and resumed is None:
@@ -728,7 +728,8 @@ def train(
     evaluated = [row for row in history if any(key.startswith("eval_") for key in row)]
     metrics |= {key: value for row in evaluated[-1:] for key, value in row.items() if key.startswith("eval_")}
     trainer.reference.release()
-    trainer.save_model()
+    with faults.explained(Path(str(trainer.args.output_dir))):
+        trainer.save_model()
     trainer.ranks.wait()  # until the first process has written
     logger.info("saved to %s", trainer.args.output_dir)
     return TrainResult(trainer.model.eval(), metrics, history, trainer)

@@ -259,7 +259,8 @@ def refusal(name: str, value: Any) -> ValueError:
     verdict = VERDICTS[name]
     if verdict.kind == "not_yet":
         return ValueError(
-            f"{name}={brief(value)} is not available yet in this version: {verdict.reason} comes later; {verdict.instead}."
+            f"{name}={brief(value)} is not available yet in this version: {verdict.reason} comes later; "
+            f"{verdict.instead}."
         )
     return ValueError(f"{name}={brief(value)} is not supported: {verdict.reason}; {verdict.instead}.")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ranks_program
+from accelerate.utils import patch_environment
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from ranks_program import LORA, RESUMED, run, summary, trainer_of
@@ -16,6 +17,8 @@ from test_encoder_decoder import tiny
 from torch import distributed
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+import fastdpo
+from fastdpo import build
 from fastdpo.sharding import is_sharded
 
 
@@ -55,6 +58,34 @@ def encoder_decoder(out: Path, count: int) -> dict[str, Any]:
     found = run(out, count, model=tiny("t5", 500), is_encoder_decoder=True, max_tokens_per_microbatch=None)
     del found["log"][0]["rewards/accuracies"]  # the first margins are rounding, of either sign
     return found
+
+
+def read_by_one(out: Path, count: int, **more: Any) -> dict[str, Any]:
+    """The first process reads the weights for all, also of a frozen copy; embedding and head are one tensor."""
+    fastdpo.DPOConfig(**ranks_program.options(out, count))  # which connects the processes
+    name, read, load = str(out / "tied"), [], build.load_model
+    if int(os.environ.get("RANK", "0")) == 0:
+        tiny_llama(tie_word_embeddings=True).save_pretrained(name)
+    if count > 1:
+        distributed.barrier()
+
+    def watched(*given: Any, **options: Any) -> Any:
+        model = load(*given, **options)
+        read.append(not any(parameter.is_meta for parameter in model.parameters()))
+        return model
+
+    build.load_model = watched
+    try:
+        with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="true"):
+            return {**run(out, count, model=name, **more), "read": read}
+    finally:
+        build.load_model = load
+
+
+def read_by_one_under_adapters(out: Path, count: int) -> dict[str, Any]:
+    """Which begin with what they take from the weights below them."""
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")
+    return read_by_one(out, count, hooks={"peft_config": peft_config})
 
 
 def half(out: Path, count: int) -> dict[str, Any]:
@@ -119,7 +150,7 @@ SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         *(fused, tied, norms_beside_adapters, a_trained_adapter, encoder_decoder, half, continued, gathers, shares),
-        refused,
+        *(read_by_one, read_by_one_under_adapters, refused),
     )
 }
 

@@ -82,8 +82,7 @@ def trainer_of(
         train_dataset=rows,
         eval_dataset=eval_dataset,
         processing_class=byte_level(),
-        peft_config=LORA if lora else None,
-        **(hooks or {}),
+        **{"peft_config": LORA if lora else None, **(hooks or {})},
     )
     trainer.add_callback(KindsOfGradients)
     return trainer

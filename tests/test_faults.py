@@ -187,6 +187,22 @@ def test_a_full_disk_leaves_the_checkpoints_before_and_no_draft_whichever_file_i
     assert not checkpoint.damage(disk / "checkpoint-4")
 
 
+def test_a_model_that_does_not_fit_on_the_disk_at_the_end_says_where_its_last_checkpoint_is(
+    small_disk, rows, tokenizer, quick
+) -> None:
+    disk = small_disk(2**21)
+
+    class Filling(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (disk / "filler").write_bytes(bytes(checkpoint.free_bytes(disk)))
+
+    options = quick | {"output_dir": str(disk), "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    with pytest.raises(Exception, match="No space left") as caught:
+        fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, callbacks=[Filling()], **options)
+    (note,) = caught.value.__notes__
+    assert note == "fastdpo: the disk is full: make room. resume_from_checkpoint=True goes on from checkpoint-4"
+
+
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
     rows, tokenizer, quick, monkeypatch, caplog
 ) -> None:

@@ -22,8 +22,10 @@ COMPARED = (
     *("lora_with_evaluation", "matched", "sampled", "running_mean", "hooked", "token_mean", "padded"),
     *("a_last_batch_of_one_pair", "stream", "weights_that_differ_at_first", "remembered", "precomputed", "resumed"),
     *("best", "asked_by_one", "fused", "tied", "norms_beside_adapters", "a_trained_adapter", "encoder_decoder"),
+    *("read_by_one", "read_by_one_under_adapters"),
 )
 OF_TWO = ("sampled", "running_mean", "token_mean", "padded", "stream", "asked_by_one", "norms_beside_adapters")
+OF_TWO += ("read_by_one",)
 OTHERS = ("half", "continued", "gathers", "shares", "refused")
 ALL = SCENARIOS | fsdp_program.SCENARIOS
 
@@ -100,6 +102,12 @@ def test_a_micro_batch_gathers_the_head_once_and_each_block_twice(count: int, fo
     assert result["batches"] > 1
     around, blocks = 1, 2
     assert result["gathers"] == result["batches"] * (around + 2 * blocks)
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_the_first_process_alone_reads_weights_where_that_is_asked_for(count: int, found: Any) -> None:
+    found_in_each = [result["read"] for result in found("read_by_one_under_adapters", count)]
+    assert found_in_each == [[rank == 0] for rank in range(count)]
 
 
 @pytest.mark.parametrize("count", PROCESSES)

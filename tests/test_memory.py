@@ -32,6 +32,7 @@ from fastdpo.optimizer import build_optimizer
 from fastdpo.patching import patched
 from fastdpo.ranks import BUCKET_BYTES, Ranks
 from fastdpo.reference import NoReference
+from fastdpo.sharding import asked_plugin
 from fastdpo_kernels import launch
 from fastdpo_kernels.linear_logps import linear_logps
 
@@ -573,6 +574,26 @@ def test_a_run_with_auto_sets_its_checkpointing(
     assert chosen[0] == (False, {"offload": False})
     assert chosen[1][0] and chosen[1] != chosen[2]
     assert "taken" in caplog.text
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_sharded_weights_count_by_what_a_process_holds_and_gathers(
+    peft: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = options(tmp_path, bf16=True, use_peft=peft, precompute_ref_log_probs=True)
+    policy, lengths = policy_of("llama", config), memory.PairLengths(8, 8, 8)
+    pretend_gpu(monkeypatch, 2**33)
+    whole = memory.plan_run(policy, None, config, lengths, True)
+    plugin = asked_plugin({"fsdp_version": 2})
+    shared = memory.plan_run(policy, None, config, lengths, True, policy, Ranks(count=4, fsdp=plugin))
+    for part in ("weights", "gradients", "optimizer_states", "update"):
+        assert getattr(shared, part) == pytest.approx(getattr(whole, part) / 4, abs=4), part
+    model: Any = base_model(policy.model)
+    around = [p for name, p in policy.named_parameters() if ".layers." not in name]
+    by_hand = sum(p.numel() * (p.itemsize + 4 * p.requires_grad) for p in around)
+    by_hand += 3 * sum(p.numel() * (2 + 4 * p.requires_grad) for p in model.model.layers[0].parameters())
+    assert shared.gathered == by_hand and whole.gathered == 0
+    assert shared.activations.kept(1000) == whole.activations.kept(1000)
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

@@ -1,4 +1,4 @@
-"""Files from elsewhere run no code, and write nothing but into output_dir: models, adapters, checkpoints, data, YAML."""
+"""Files from elsewhere run no code and write into output_dir alone: models, adapters, checkpoints, data, YAML."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ MAY_IMPORT = {
             "quantized",
             "ranks",
         ),
-        "rows",
+        *("rows", "sharding"),
     },
     "reference_cache": {
         *("batch", "config", "data", "identity", "images", "layout", "loader", "ranks", "reference", "retry"),

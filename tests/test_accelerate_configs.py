@@ -1,0 +1,98 @@
+"""The configs of examples/accelerate: accelerate takes every key of them, and fastdpo what accelerate makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.other import get_free_port
+from conftest import draw_no_picture, praise_and_scolding, tiny_llama
+from safetensors.torch import load_file
+from test_ranks import assert_same
+
+import fastdpo
+from fastdpo.cli import parse_training, training_parser
+from fastdpo.sharding import asked_plugin
+
+ROOT = Path(__file__).parent.parent
+FILES = {path.stem: path for path in (ROOT / "examples/accelerate").glob("*.yaml")}
+SHARDED = ("fsdp2", "fsdp2_nodes")
+COMPARED = ("auto_wrap_policy", "transformer_cls_names_to_wrap", "reshard_after_forward", "cpu_ram_efficient_loading")
+
+
+def launched(name: str) -> Any:
+    """What `accelerate launch` makes of a file and of what is left to its command line."""
+    words = ["--config_file", str(FILES[name]), "--main_process_port", "0", "-m", "fastdpo.cli", "train"]
+    if name.endswith("nodes"):
+        words = ["--main_process_ip", "10.0.0.1", "--machine_rank", "1", *words]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+@pytest.fixture
+def plugin_of(quick: dict, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a run sees of a file, None where it asks for no sharding."""
+
+    def of(name: str) -> FullyShardedDataParallelPlugin | None:
+        for key, value in prepare_multi_gpu_env(launched(name)).items():
+            monkeypatch.setenv(key, value)
+        return asked_plugin(fastdpo.DPOConfig(**quick).fsdp_plugin_args)
+
+    return of
+
+
+def test_the_files_are_the_three_that_the_docs_name() -> None:
+    named = re.findall(r"examples/accelerate/(\w+)\.yaml", (ROOT / "docs/several_gpus.md").read_text())
+    assert set(FILES) == set(named) == {"ddp", *SHARDED}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_accelerate_takes_every_key(name: str) -> None:
+    given, arguments = yaml.safe_load(FILES[name].read_text()), launched(name)
+    assert load_config_from_file(str(FILES[name])).distributed_type == given.pop("distributed_type")
+    given.pop("main_process_port", None)  # another is free where tests run
+    for key, value in {**given, **given.pop("fsdp_config", {})}.items():
+        assert key != "fsdp_config" and getattr(arguments, key) == value, key
+    known = set(vars(launch_command_parser().parse_args(["script"])))
+    assert set(given) | set(load_config_from_file(str(FILES[name])).fsdp_config or {}) <= known
+
+
+def test_with_ddp_every_process_holds_the_whole_model(plugin_of: Any) -> None:
+    assert plugin_of("ddp") is None
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_run_shards_by_block_and_one_process_reads_the_weights(name: str, plugin_of: Any) -> None:
+    plugin = plugin_of(name)
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is True
+    assert plugin.transformer_cls_names_to_wrap is None and "transformer" in plugin.auto_wrap_policy.__name__
+
+
+def test_the_second_machine_of_eight_has_its_eight_processes_and_meets_the_first() -> None:
+    arguments = launched("fsdp2_nodes")
+    prepare_multi_gpu_env(arguments)
+    found = arguments.nnodes, arguments.nproc_per_node, arguments.node_rank
+    assert found == ("8", "8", 1) and arguments.rdzv_endpoint.startswith("10.0.0.1:")
+
+
+@pytest.mark.parametrize("fsdp", ["true", "full_shard"])
+def test_options_of_torchrun_ask_for_what_the_files_do(fsdp: str, plugin_of: Any, quick: dict) -> None:
+    settings = json.dumps({"cpu_ram_efficient_loading": True})
+    words = ["--model", "M", "--train_dataset", "D", "--fsdp", fsdp, "--fsdp_config", settings]
+    expected = plugin_of("fsdp2")
+    config = fastdpo.DPOConfig(**parse_training(training_parser(), words)[1] | quick)
+    plugin: Any = asked_plugin(config.fsdp_plugin_args)
+    assert plugin.fsdp_version == 2
+    for name in COMPARED:
+        assert getattr(plugin, name) == getattr(expected, name), name
