@@ -20,6 +20,7 @@ from accelerate.utils.other import get_free_port
 from conftest import draw_no_picture, praise_and_scolding, tiny_llama
 from safetensors.torch import load_file
 from test_ranks import assert_same
+from tokenizers_for_tests import byte_level
 
 import fastdpo
 from fastdpo.cli import parse_training, training_parser
@@ -45,7 +46,8 @@ def plugin_of(quick: dict, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def of(name: str) -> FullyShardedDataParallelPlugin | None:
         for key, value in prepare_multi_gpu_env(launched(name)).items():
-            monkeypatch.setenv(key, value)
+            if os.environ.get(key) != value:
+                monkeypatch.setenv(key, value)
         return asked_plugin(fastdpo.DPOConfig(**quick).fsdp_plugin_args)
 
     return of
@@ -96,3 +98,47 @@ def test_options_of_torchrun_ask_for_what_the_files_do(fsdp: str, plugin_of: Any
     assert plugin.fsdp_version == 2
     for name in COMPARED:
         assert getattr(plugin, name) == getattr(expected, name), name
+
+
+def test_the_command_for_two_machines_trains_as_one_process_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are this one, and each has its own command, as in the file."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    byte_level().save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, praise_and_scolding())))
+    options = {"learning_rate": 1e-3, "adam_epsilon": 1e-6, "max_steps": 2, "logging_steps": 1}
+    options |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    words = ["--model", str(tmp_path / "model"), "--train_dataset", str(tmp_path / "pairs.jsonl")]
+    words += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4"]
+    words += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    where = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    where += ["--main_process_port", str(get_free_port())]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES["fsdp2_nodes"]), *where]
+    machines = [
+        subprocess.Popen(
+            [*launcher, "--machine_rank", rank, "-m", "fastdpo.cli", "train", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in "01"
+    ]
+    said = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert ["FSDP2: 2 blocks" in text for text in said] == [True, False]
+    draw_no_picture(monkeypatch)
+    rows, place = str(tmp_path / "pairs.jsonl"), str(tmp_path / "model")
+    options |= {"output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 8}
+    out = fastdpo.train(place, rows, **options)
+    assert_same(
+        found_in(tmp_path / "two"), {**found_in(tmp_path / "one"), "weights": dict(out.model.named_parameters())}
+    )
+
+
+def found_in(directory: Path) -> dict[str, Any]:
+    """The log, without times, and the weights that a run left."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    log = [{key: row[key] for key in ("step", "loss", "grad_norm", "logps/chosen") if key in row} for row in lines]
+    return {"log": log, "weights": load_file(directory / "model.safetensors")}
