@@ -1,4 +1,7 @@
-"""`python -m benchmarks step`, `parts`, `trace`, `memory` and `kernels` measure, `table` writes the tables again."""
+"""`python -m benchmarks step`, `parts`, `trace`, `memory` and `kernels` measure, `table` writes the tables again.
+
+`estimate` reckons, and measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import kernels, memory, memory_table, parts, step, table, trace
+from benchmarks import estimate, kernels, memory, memory_table, parts, step, table, trace
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
 from benchmarks.workload import PROFILES
@@ -45,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default %(default)s)")
         command.add_argument("--commit", help="of this code, where it was copied without its repository")
         command.add_argument("--output", type=Path, help=f"default: a file in {table.RESULTS}")
+    commands.add_parser("estimate", help="a 70B model under FSDP2 by arithmetic, the tables of docs/several_gpus.md")
     write = commands.add_parser("table", help="write the tables of both README.md from results/*.json")
     write.add_argument("--check", action="store_true", help="write nothing; exit 1 where the tables differ")
     return top
@@ -70,6 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = commands.parse_args(arguments)
     if options.command == "table":
         return table.main(options.check)
+    if options.command == "estimate":
+        print(estimate.tables(), end="")
+        return 0
     if options.command == "kernels":
         options.output = options.output or table.RESULTS / f"kernels-{options.device}.json"
         return kernels.main(options)

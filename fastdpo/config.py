@@ -299,6 +299,8 @@ class DPOConfig(TrainingArguments):
             self.resume_from_checkpoint = "true"
         if str(self.resume_from_checkpoint).lower() == "false":  # a shell gives the word
             self.resume_from_checkpoint = None
+        if str(self.fsdp).lower() in ("true", "false"):
+            self.fsdp = str(self.fsdp).lower() == "true"
         for name in ("output_dir", "logging_dir", "ref_log_probs", "resume_from_checkpoint"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)

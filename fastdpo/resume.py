@@ -101,7 +101,8 @@ class RunState:
         Raises ValueError for a checkpoint of another model, other rows or another order of rows.
         """
         try:
-            state = torch.load(directory / RUN, map_location="cpu", weights_only=True)
+            shares = self.ranks.fsdp is not None  # of one mapped file, which a machine so has in memory once
+            state = torch.load(directory / RUN, map_location="cpu", weights_only=True, mmap=shares)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{directory / RUN} cannot be read ({error}): resume from another checkpoint") from error
         if not isinstance(state, dict) or not {"rows", "optimizer", "running", "random", "position"} <= set(state):

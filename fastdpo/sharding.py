@@ -91,8 +91,8 @@ def shard(policy: Any, plugin: Any, equalise: Callable[[nn.Module], None], devic
 
 
 def _move(unit: nn.Module, device: torch.device) -> None:
-    """What is not sharded yet; `unit.to` would make tensors anew, shares among them. What this process did not read gets
-    room there.
+    """What is not sharded yet; `unit.to` would make tensors anew, shares among them. What this process did not read has
+    room there, no more.
     """
 
     def moved(tensor: Tensor) -> Tensor:

@@ -166,9 +166,7 @@ def _table(columns: dict[str, list], what: str) -> Dataset:
             try:
                 _arrow({column: values})
             except NO_ARROW as reason:
-                raise ValueError(
-                    f"{what} has what no table holds in column {column!r}: {_in_a_line(reason)}"
-                ) from error
+                raise ValueError(f"{what} cannot be made a table: column {column!r}: {_in_a_line(reason)}") from error
         raise ValueError(f"{what} cannot be made a table: {_in_a_line(error)}") from error
 
 
