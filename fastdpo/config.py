@@ -26,7 +26,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from fastdpo.sharding import asked_plugin
+from fastdpo.sharding import FSDP_REFUSED, FSDP_SETTINGS, asked_plugin
 from fastdpo.verdicts import (
     CHECKPOINT_KWARGS,
     CHOICES,
@@ -300,7 +300,7 @@ class DPOConfig(TrainingArguments):
         if str(self.resume_from_checkpoint).lower() == "false":  # a shell gives the word
             self.resume_from_checkpoint = None
         if str(self.fsdp).lower() in ("true", "false"):
-            self.fsdp = str(self.fsdp).lower() == "true"
+            self.fsdp = str(self.fsdp).lower() == "true"  # type: ignore[assignment]
         for name in ("output_dir", "logging_dir", "ref_log_probs", "resume_from_checkpoint"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
@@ -664,6 +664,12 @@ class DPOConfig(TrainingArguments):
             raise ValueError(f"{local} processes were launched on {there} GPUs: start one a GPU.")
         if self.fsdp_config and not self.fsdp:
             raise ValueError("fsdp_config was given without fsdp=True: set that, or leave it out.")
+        settings: Any = self.fsdp_config or {}
+        if idle := [name for name, value in settings.items() if value and name not in (*FSDP_SETTINGS, *FSDP_REFUSED)]:
+            raise ValueError(
+                f"fsdp_config has {idle[0]!r}, which does nothing here{nearest(idle[0], FSDP_SETTINGS)}: leave it out; "
+                f"what it may have is {', '.join(FSDP_SETTINGS)}."
+            )
         if asked_plugin(self.fsdp_plugin_args) is not None:
             self._check_sharded()
         if self.use_cpu and self.device.type != "cpu":

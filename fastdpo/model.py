@@ -146,7 +146,8 @@ def _read_weights(source: str, model_config: Any, options: dict[str, Any]) -> Pr
     more than tensors.
     """
     try:
-        return AUTO_CLASSES[model_kind(model_config)].from_pretrained(source, **options)
+        load = AUTO_CLASSES[model_kind(model_config)].from_pretrained
+        model, found = load(source, **options, output_loading_info=True)
     except (torch.OutOfMemoryError, ImportError):
         raise
     except (SafetensorError, OSError, RuntimeError, UnpicklingError) as error:
@@ -154,6 +155,12 @@ def _read_weights(source: str, model_config: Any, options: dict[str, Any]) -> Pr
         if "ignore_mismatched_sizes" in reason:
             reason = "its config.json says other shapes than they have"
         raise ValueError(f"the weights of {source!r} cannot be loaded ({type(error).__name__}: {reason})") from error
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks {len(missing)} of its model's tensors, such as {missing[0]}, which would be random: give a "
+            "whole model with a language-model head, or train that first"
+        )
+    return model
 
 
 def place(model: Any, device: torch.device) -> Any:

@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad")  # of torch.optim: right on a share of a tensor
 
 
+# Of `fsdp_config`: what has an effect, and what is refused with a reason of its own
+FSDP_SETTINGS = ("version", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "reshard_after_forward")
+FSDP_SETTINGS += ("cpu_ram_efficient_loading",)
+FSDP_REFUSED = ("activation_checkpointing", "cpu_offload", "min_num_params")
+
+
 def asked_plugin(fsdp_args: Mapping[str, Any] | None) -> FullyShardedDataParallelPlugin | None:
     """What `accelerate launch` or the option `fsdp` asks for, None where neither does; `fsdp_args` are transformers' of
     the option. Raises ValueError for FSDP1 and for settings that would have no effect.

@@ -172,6 +172,12 @@ def test_settings_without_fsdp_are_refused(quick: dict) -> None:
         fastdpo.DPOConfig(**quick, fsdp_config={"reshard_after_forward": False})
 
 
+@pytest.mark.parametrize("setting", ["reshard_after_forwards", "use_orig_params", "state_dict_type"])
+def test_settings_that_do_nothing_are_refused(setting: str, quick: dict) -> None:
+    with pytest.raises(ValueError, match=f"fsdp_config has '{setting}', which does nothing here"):
+        fastdpo.DPOConfig(**quick, fsdp=True, fsdp_config={setting: True})
+
+
 def test_a_block_that_the_model_does_not_have_is_named() -> None:
     from fastdpo.sharding import _blocks
 

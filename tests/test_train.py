@@ -726,6 +726,12 @@ def test_a_model_that_is_nowhere_is_named_in_the_error(rows, tokenizer, quick) -
         fastdpo.train("./nowhere", rows, processing_class=tokenizer, **quick)
 
 
+def test_weights_without_a_head_are_refused_and_not_made_up(rows, tokenizer, quick, tmp_path) -> None:
+    tiny_llama().model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="lacks 1 of its model's tensors, such as lm_head.weight"):
+        fastdpo.train(str(tmp_path / "bare"), rows, processing_class=tokenizer, **quick)
+
+
 def test_adapters_that_packed_pairs_have_no_place_for_are_refused(rows, tokenizer, quick) -> None:
     from peft import PromptTuningConfig
 
