@@ -75,7 +75,7 @@ from fastdpo.ranks import Ranks, find_ranks
 from fastdpo.reference import NoReference, Reference, find_reference
 from fastdpo.reference_cache import remember
 from fastdpo.report import HtmlReport
-from fastdpo.sharding import shapes_of, shard
+from fastdpo.sharding import is_sharded, shapes_of, shard
 from fastdpo.step import MeanReward
 from fastdpo.trackers import Callbacks
 from fastdpo_kernels import launch, linear_logps, pair_loss
@@ -230,10 +230,20 @@ def frozen_copy(policy: Policy, ref_policy: Policy | None, config: DPOConfig, ra
     return Policy(copy.deepcopy(policy.model), policy.autocast) if needs_reference(config) else None
 
 
-def shard_policies(policies: Sequence[Policy | None], config: DPOConfig, ranks: Ranks) -> Policy | None:
-    """Under FSDP2: each process keeps a share of the weights from here on; -> what the first was, without them."""
+def shard_policies(
+    policies: Sequence[Policy | None], tables: Mapping[str, Table], config: DPOConfig, ranks: Ranks
+) -> Policy | None:
+    """Under FSDP2: each process keeps a share of the weights from here on; -> what the first was, without them.
+
+    Raises ValueError for rows with images: processes whose rows show none would not run the blocks of the vision tower.
+    """
     if ranks.fsdp is None:
         return None
+    if _pairs_with_images(tables.values()):
+        raise ValueError(
+            "rows with images are not trained under FSDP2 yet: configure accelerate for MULTI_GPU, where every process "
+            "holds the whole model"
+        )
     shapes = shapes_of(policies[0])
     for policy in policies:
         if policy is not None:
@@ -245,6 +255,8 @@ def _placed(model: Any, config: DPOConfig, ranks: Ranks) -> Any:
     """On the run's device, and in all processes as in the first; what is to be sharded goes there unit by unit."""
     if ranks.fsdp is None:
         ranks.equalise(place(model, config.device))
+    elif any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError("the model was sharded by an earlier trainer, which holds on to it: load it again")
     return model
 
 
@@ -394,7 +406,7 @@ def compute_reference(
         loaded.float()  # as what trains in full is
     autocast = None if compute_dtype(config) == torch.float32 else compute_dtype(config)
     policy = Policy(_placed(loaded, config, ranks), autocast).requires_grad_(False).eval()
-    shard_policies([policy], config, ranks)
+    shard_policies([policy], tables, config, ranks)
     tables = check_fit(policy, None, tables, tokenizer, config)
     with fused_blocks([policy], config):
         layout = common_layout(policy, None, tokenizer, config.padding_value, tables.values())

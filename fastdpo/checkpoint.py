@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerState
 
-from fastdpo.model import OUTSIDE, unsaved_by_peft
+from fastdpo.model import OUTSIDE, base_model, unsaved_by_peft
 from fastdpo.reference import FROZEN_ADAPTER
-from fastdpo.sharding import is_sharded, share_like, whole_tree
+from fastdpo.sharding import fill_from_first, is_sharded, share_like, whole_tree
 
 logger = logging.getLogger(__name__)
 
 FILES = "files.json"  # of a checkpoint: name -> size and checksum
 STATE = "trainer_state.json"
+RUN = "run.pt"  # what a run goes on from, unless save_only_model leaves it out
 Weights = Mapping[str, Tensor] | None
 TRAINED = "trained.safetensors"  # what trains, by parameter name and in its own dtype
 
@@ -43,10 +45,13 @@ def whole_weights(model: PreTrainedModel | PeftModel, keep: bool) -> Weights:
     if not any(is_sharded(parameter) for parameter in model.parameters()):
         return None
     adapters = set(model.peft_config) - {FROZEN_ADAPTER} if isinstance(model, PeftModel) else None
+    base: Any = base_model(model)
+    tokens = {id(layer.weight) for layer in (base.get_input_embeddings(), base.get_output_embeddings())}  # peft saves
     found: dict[int, Any] = {}  # tied weights are one, and stay so
     weights = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if adapters is None or value.requires_grad or not adapters.isdisjoint(name.split(".")):
+        of_adapters = adapters is None or not adapters.isdisjoint(name.split("."))
+        if of_adapters or value.requires_grad or id(value) in tokens:  # resized ones, with the adapter
             if id(value) not in found:
                 found[id(value)] = whole_tree(value.detach(), keep)
             weights[name] = found[id(value)]
@@ -84,6 +89,12 @@ def load_weights(model: PreTrainedModel | PeftModel, directory: Path) -> None:
         return
     saved = type(model).from_pretrained(str(directory), dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
+
+
+def load_shares(model: nn.Module, directory: Path, reads: bool) -> None:
+    """The same for a sharded model, from what `save_trained` wrote: the first process `reads`, all call this."""
+    saved = load_file(str(directory / TRAINED)) if reads else None
+    fill_from_first(trained_parameters(model), saved)
 
 
 def load_outside(model: PeftModel, directory: Path) -> None:
@@ -141,8 +152,8 @@ def written_whole(directory: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         error.add_note(
             f"fastdpo: {directory} was not written; the checkpoints before it are as they were. {_mib(written)} of it "
-            f"were there, and {_mib(free)} free: if it was that, make room, by a lower save_total_limit perhaps, and "
-            "go on with resume_from_checkpoint=True"
+            f"were there, and {_mib(free)} free: if it was that, make room, by a lower save_total_limit perhaps. "
+            f"{onwards(directory.parent)}"
         )
         raise
     if directory.exists():  # of an earlier run
@@ -155,7 +166,7 @@ def written_whole(directory: Path) -> Iterator[Path]:
 def recover(output_dir: Path) -> None:
     """Gives what was whole its name back, where a run was killed between taking the old away and the new's naming."""
     for word in ("writing", "old"):  # the new one, if all of it is on disk
-        for left in output_dir.glob(f".checkpoint-*.{word}"):
+        for left in _left(output_dir, "checkpoint", word):
             directory = output_dir / left.name.removeprefix(".").removesuffix(f".{word}")
             if not directory.exists() and not damage(left):
                 left.rename(directory)
@@ -164,9 +175,25 @@ def recover(output_dir: Path) -> None:
 def tidy(output_dir: Path) -> None:
     """Recovers what is whole, and removes what killed runs left half-written."""
     recover(output_dir)
-    for word in ("writing", "old"):
-        for left in output_dir.glob(f".checkpoint-*.{word}"):
+    for kind, word in (("checkpoint", "writing"), ("checkpoint", "old"), ("nonfinite-step", "writing")):
+        for left in _left(output_dir, kind, word):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _left(output_dir: Path, kind: str, word: str) -> list[Path]:
+    """Folders beside those of fastdpo's own names, of `written_whole`."""
+    return [path for path in output_dir.glob(".*") if re.fullmatch(rf"\.{kind}-[0-9]+\.{word}", path.name)]
+
+
+def onwards(output_dir: Path) -> str:
+    """How a run that ended goes on, in words."""
+    newest = checkpoints(output_dir)[-1:]
+    if not any((directory / RUN).is_file() for directory in newest):
+        return (
+            "There is no checkpoint to go on from: save_strategy='steps' with a smaller save_steps, and without "
+            "save_only_model, saves them on the way"
+        )
+    return f"resume_from_checkpoint=True goes on from {newest[0].name}"
 
 
 def size_of(model: nn.Module, optimizer: Any, only_model: bool) -> int:
@@ -193,13 +220,14 @@ def check_room(output_dir: Path, free: int, size: int, kept: int) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Of the disk that a path is on, or will be."""
+    """Of the disk that a path is on, or will be; `sys.maxsize` of a file system that does not say."""
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
+    usage = shutil.disk_usage(there)
+    return usage.free if usage.total else sys.maxsize
 
 
 def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+    return f"{count / 2**20:,.1f} MiB" if count < sys.maxsize else "an unknown number of bytes"
 
 
 def _checksum(path: Path) -> int:
@@ -231,7 +259,7 @@ def damage(directory: Path) -> str:
         return f"{FILES} lists no {STATE}: it is no checkpoint of a run"
     for name, (size, checksum) in listed.items():
         path = directory / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or path.is_symlink():
+        if ".." in Path(name).parts or Path(name).is_absolute():  # links are read: downloads are made of them
             return f"{FILES} lists {name!r}, which is not a file of the checkpoint's own"
         if not path.is_file():
             return f"{name} is missing"

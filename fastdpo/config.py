@@ -434,8 +434,6 @@ class DPOConfig(TrainingArguments):
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, float) and not math.isfinite(item) and name != "max_grad_norm":
                     raise ValueError(f"{name} must be finite, got {brief(value)}.")
-                if isinstance(item, Integral) and abs(item) >= 2**32:
-                    raise ValueError(f"{name} must be below 4294967296, got {brief(value)}.")
                 if isinstance(item, str) and re.search("[\0\ud800-\udfff]", item):
                     raise ValueError(f"{name} must be text without zeros or halves of characters, got {brief(value)}.")
 
@@ -446,9 +444,11 @@ class DPOConfig(TrainingArguments):
                 f"optim={optimizer!r} is not supported: it needs more than parameters and gradients; take "
                 "adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor or another that needs no more."
             )
-        backends = {"ddp_backend": torch.distributed.Backend.backend_list} if self.ddp_backend is not None else {}
-        for name, choices in {**CHOICES, **backends}.items():
-            value = getattr(self, name)
+        asked = [(name, getattr(self, name), choices) for name, choices in CHOICES.items()]
+        if self.ddp_backend is not None:  # gloo, or cpu:gloo,cuda:nccl
+            backends = [part.rpartition(":")[2] for part in self.ddp_backend.split(",")]
+            asked += [("ddp_backend", backend, torch.distributed.Backend.backend_list) for backend in backends]
+        for name, value, choices in asked:
             if value not in choices:
                 raise ValueError(f"{name}={brief(value)} is none of {', '.join(choices)}{nearest(str(value), choices)}")
         for name, enum in ENUMS.items():

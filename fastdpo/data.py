@@ -48,6 +48,7 @@ from fastdpo.images import Images, Processing, files_of, stored_images
 from fastdpo.rows import (
     ID_COLUMNS,
     IMAGE_COLUMNS,
+    PAIR_COLUMNS,
     check_columns,
 )
 from fastdpo.sources import load_rows
@@ -280,7 +281,7 @@ def _encode_and_count(
     """One batch of a stream, without its dropped rows; the tally lives as long as the stream. `columns` are those of
     its first row; a generator may come with others later.
     """
-    if others := [column for column in batch if column not in columns]:
+    if others := [column for column in batch if column in PAIR_COLUMNS and column not in columns]:
         raise ValueError(
             f"The {encoder.name} dataset, rows {indices[0]} to {indices[-1]}: the stream has the column {others[0]!r} "
             "there, and not in its first row: give all rows the same columns."

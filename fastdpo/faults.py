@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastdpo.checkpoint import checkpoints
+from fastdpo.checkpoint import onwards
 
 logger = logging.getLogger(__name__)
 
 # Words of an error -> what it means. They come as errors of many kinds: safetensors', RuntimeErrors, a worker's own.
 GLOO = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "pair closure")
 ADVICE = {
-    ("No space left",): "the disk is full: make room",
-    ("killed by signal", "exited unexpectedly"): (
+    ("killed by signal", "exited unexpectedly", "file </torch_"): (  # the last are files in /dev/shm, that has no room
         "a process that prepares batches ended. What a system kills is most often out of the machine's memory, or of "
         "/dev/shm: ask for fewer dataloader_num_workers, or for 0, which says more where a row is at fault"
     ),
+    ("No space left",): "the disk is full: make room",
     ("in DataLoader worker process",): (
         "a process that prepares batches raised it, as its own traceback says; with dataloader_num_workers=0 it comes "
         "where it can be looked at"
@@ -35,16 +35,9 @@ def explained(output_dir: Path) -> Iterator[None]:
     except Exception as error:
         for words, advice in ADVICE.items():
             if any(word in str(error) for word in words):
-                note = f"fastdpo: {advice}. {_onwards(output_dir)}"
+                note = f"fastdpo: {advice}. {onwards(output_dir)}"
                 error.add_note(note)
                 if words is GLOO:  # torchrun ends this process too, perhaps before it has shown a traceback
                     logger.error("%s (%s)", note, error)
                 break
         raise
-
-
-def _onwards(output_dir: Path) -> str:
-    saved = checkpoints(output_dir)
-    if not saved:
-        return "No checkpoint was saved: save_strategy='steps' with a smaller save_steps saves them on the way"
-    return f"resume_from_checkpoint=True goes on from {saved[-1].name}"

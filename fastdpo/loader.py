@@ -187,8 +187,8 @@ def length_of_run(loader: DataLoader, args: DPOConfig) -> tuple[int, float]:
     return math.ceil(args.num_train_epochs * len(loader)), args.num_train_epochs
 
 
-def row_numbers(loader: DataLoader, epoch: int, batches: int, share: Share) -> dict[bytes, int]:
-    """-> a key, and its row's number in the table, of each pair of a share of the optimizer batch that comes after
+def row_numbers(loader: DataLoader, epoch: int, batches: int, share: Share) -> dict[bytes, list[int]]:
+    """-> a key, and its rows' numbers in the table, of each pair of a share of the optimizer batch that comes after
     `batches` ones of an epoch. Nothing where pairs have no keys (streams), or workers may change the order of batches.
     """
     if not (share.places and loader.in_order):
@@ -197,7 +197,10 @@ def row_numbers(loader: DataLoader, epoch: int, batches: int, share: Share) -> d
     size = loader.batch_size or 1
     sampler.epoch, sampler.skipped = epoch, batches * size
     dealt = list(islice(sampler, size))
-    return {key: dealt[place] for key, place in share.places}
+    numbers: dict[bytes, list[int]] = {}  # equal rows have one key
+    for key, place in share.places:
+        numbers.setdefault(key, []).append(dealt[place])
+    return numbers
 
 
 def epoch_batches(loader: DataLoader, epoch: int, done: int = 0) -> Iterator[Share]:

@@ -157,8 +157,8 @@ def _read_weights(source: str, model_config: Any, options: dict[str, Any]) -> Pr
         raise ValueError(f"the weights of {source!r} cannot be loaded ({type(error).__name__}: {reason})") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"{source} lacks {len(missing)} of its model's tensors, such as {missing[0]}, which would be random: give a "
-            "whole model with a language-model head, or train that first"
+            f"{source} lacks {len(missing)} of its model's tensors, such as {missing[0]}, which would be random: give "
+            "a whole model with a language-model head, or train that first"
         )
     return model
 

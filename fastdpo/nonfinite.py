@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fastdpo.batch import OptimizerBatch, PreferenceBatch, pairs_of
@@ -67,7 +68,7 @@ class Fault:
     step: int
     loss: float
     grad_norm: float
-    rows: list[dict[str, Any]]  # of this process's share; of later faults only those that are not finite themselves
+    rows: list[dict[str, Any]]  # of this process's share; of later faults only what a message tells
 
 
 @dataclass
@@ -76,7 +77,7 @@ class _Pending:
 
     step: int
     microbatches: Sequence[PreferenceBatch]  # on the CPU
-    row_numbers: Callable[[], dict[bytes, int]]
+    row_numbers: Callable[[], dict[bytes, list[int]]]
     numbers: Tensor  # (3 + 5P,) fp64 on the host, there once `copied`: whether it is a fault, loss, norm, pairs
     copied: torch.cuda.Event | None
 
@@ -92,7 +93,8 @@ class _Pending:
             for place, pair in enumerate(pairs_of(batch) if batch.num_pairs else ()):
                 loss, chosen, rejected, *ratios = next(values)
                 logps = chosen, rejected, chosen - ratios[0], rejected - ratios[1]
-                where = {"row": known.get(batch.keys[place]) if batch.keys else None, "microbatch": index}
+                numbers = known.get(batch.keys[place]) if batch.keys else None
+                where = {"row": numbers.pop(0) if numbers else None, "microbatch": index}
                 ids = {f"{part}_ids": list(getattr(pair, part)) for part in ("prompt", "chosen", "rejected")}
                 rows.append(where | {"loss": loss} | dict(zip(LOGPS, logps, strict=True)) | ids)
         return rows
@@ -110,7 +112,7 @@ class Guard:
         self._pending: deque[_Pending] = deque()
 
     def update(
-        self, optimizer: Any, scaler: torch.amp.GradScaler, step: int, row_numbers: Callable[[], dict[bytes, int]]
+        self, optimizer: Any, scaler: torch.amp.GradScaler, step: int, row_numbers: Callable[[], dict[bytes, list[int]]]
     ) -> Tensor:
         """The optimizer's step with the gradients that were `computed`, unscaled by now; -> 0-dim bool, whether it was
         skipped. Reads nothing back, but for optimizers that know no flag.
@@ -141,7 +143,7 @@ class Guard:
             if (fault := pending.fault()) is None:
                 continue
             if self.running.skipped_steps and not self.stops:  # only the first one's rows are saved
-                fault.rows = [row for row in fault.rows if _not_finite(row)]
+                fault.rows = [_numbers(row) for row in fault.rows if _not_finite(row)] if len(self.found) < SHOWN else []
             self.running.skipped_steps += 1
             self.found.append(fault)
 
@@ -187,6 +189,11 @@ def _merged(theirs: Iterable[Fault]) -> Fault:
     every = list(theirs)
     rows = [{"process": rank, **row} for rank, fault in enumerate(every) for row in fault.rows]
     return replace(every[0], rows=sorted(rows, key=lambda row: row["row"] or 0))
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without its tokens."""
+    return {name: row[name] for name in ("row", "loss", *LOGPS)}
 
 
 def _not_finite(row: dict[str, Any]) -> bool:
@@ -235,7 +242,7 @@ def _saved(fault: Fault, model: Any, tokenizer: Any, output_dir: Path, ranks: Ra
                 lines = (json.dumps(row | _texts(row, tokenizer)) + "\n" for row in fault.rows)
                 (draft / ROWS).write_text("".join(lines), encoding="utf-8")
                 save_trained(model, draft, weights)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # all three come of a full disk
             failed = f" They could not be written to {directory}: {error}."
     ranks.wait()
     return failed or f" Its rows and the weights that train are in {directory}."

@@ -485,7 +485,13 @@ def _freeze_adapter(model: PeftModel, name: str) -> None:
     for path, parameter in model.named_parameters():
         if name in path.split("."):
             parameter.requires_grad_(False)
-            parameter.data = parameter.data.float()
+            if not is_sharded(parameter):
+                parameter.data = parameter.data.float()
+            elif parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"ref_adapter_name={name!r} is in {parameter.dtype}, which is not cast under FSDP2: load it with "
+                    "peft's autocast_adapter_dtype=True, as by default, or float() its parameters"
+                )
 
 
 def _only_active(model: PeftModel) -> str:
@@ -497,6 +503,13 @@ def _only_active(model: PeftModel) -> str:
 def _freeze_adapter_copy(model: PeftModel) -> None:
     active = _only_active(model)
     config: Any = copy.deepcopy(model.peft_config[active])
+    kept = [name for name in ("modules_to_save", "use_dora") if getattr(config, name, None)]
+    if kept and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"the reference is a frozen copy of the adapter, and one with {kept[0]} cannot be copied under FSDP2: "
+            "merge the adapter first (`fastdpo merge`) and train a new one, leave sync_ref_model out, or configure "
+            "accelerate for MULTI_GPU"
+        )
     config.inference_mode = True
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # PiSSA and its like would change the base weights again

@@ -238,7 +238,7 @@ def _fits(reference: Reference, group: Sequence[Row], layout: Layout, config: DP
         reference.memory.store([row.key for row in group], _run(reference, group, layout, config))
         return True
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not out_of_memory(error) or reference.ranks.fsdp is not None:  # others are amid the pass
             raise
         if config.precompute_ref_batch_size or len(group) == 1:
             error.add_note("fastdpo: the reference runs ahead: lower precompute_ref_batch_size or max_length")

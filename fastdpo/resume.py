@@ -28,20 +28,19 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from fastdpo.batch import PreferenceBatch
-from fastdpo.checkpoint import Weights, load_trained, save_trained
+from fastdpo.checkpoint import RUN, Weights, load_trained, save_trained
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, list_lengths
 from fastdpo.metrics import Running
 from fastdpo.ranks import Ranks
 from fastdpo.reference import NoReference, Reference, ReferenceMemory
 from fastdpo.retry import Retry
-from fastdpo.sharding import shard_optimizer_state, share_like, whole, whole_tree
+from fastdpo.sharding import shard_optimizer_state, share_like, whole_tree
 from fastdpo.step import MeanReward
 from fastdpo.verdicts import VERDICTS
 
 logger = logging.getLogger(__name__)
 
-RUN = "run.pt"
 OF_RUNNING = ("tokens", "pairs", "learning_rate", "window_loss", "mean_loss", "logged_steps", "counted_steps")
 OF_RUNNING += ("skipped_steps",)
 OF_LOSS = tuple(name for name, verdict in VERDICTS.items() if verdict.topic == "preference loss")
@@ -91,7 +90,7 @@ class RunState:
             "sums": whole,
             "mean_reward": None if self.mean_reward is None else (self.mean_reward.value, self.mean_reward.pairs),
             "budget": self.retry.budget,
-            "reference": _of_reference(self.reference),
+            "reference": _of_reference(self.reference, self.ranks.is_main),
             "probe": self._probed(),
         }
 
@@ -187,7 +186,7 @@ def _check_rows(saved: dict[str, Any], ours: dict[str, Any], directory: Path) ->
             )
 
 
-def _of_reference(reference: Reference | NoReference) -> dict[str, Any]:
+def _of_reference(reference: Reference | NoReference, keep: bool) -> dict[str, Any]:
     if isinstance(reference, NoReference):
         return {}
     memory = reference.memory
@@ -195,7 +194,7 @@ def _of_reference(reference: Reference | NoReference) -> dict[str, Any]:
     return {
         "keys": keys[: 16 * len(memory.slots)].view(-1, 16).clone(),
         "logps": memory.values[: len(memory.slots)].clone(),
-        "moved": [whole(mine.detach()) for mine, _ in reference.follows],
+        "moved": [whole_tree(mine.detach(), keep) for mine, _ in reference.follows],
     }
 
 
@@ -245,5 +244,5 @@ def restore_callbacks(callbacks: Sequence[Any], states: Mapping[str, Sequence[An
     left = {name: list(found) for name, found in states.items()}
     for callback in callbacks:
         if isinstance(callback, ExportableState) and (found := left.get(type(callback).__name__)):
-            saved, own = found.pop(0)["attributes"], callback.state()["attributes"]
-            vars(callback).update({name: saved[name] for name in own if name in saved})
+            saved = found.pop(0)["attributes"]  # which the callback may not have yet: it may make them as a run begins
+            vars(callback).update({k: value for k, value in saved.items() if not callable(getattr(callback, k, None))})

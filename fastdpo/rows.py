@@ -14,6 +14,7 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected")
 COMPLETION_COLUMNS = ("completion", "label")  # of unpaired rows: one answer, and whether it is liked
 OPTION_COLUMNS = ("tools", "chat_template_kwargs")  # passed to the chat template, row by row
 IMAGE_COLUMNS = ("image", "images")
+PAIR_COLUMNS = (*ID_COLUMNS, *TEXT_COLUMNS, *OPTION_COLUMNS, *IMAGE_COLUMNS)  # others are not read
 EXPECTED = (
     "a preference dataset has 'chosen' and 'rejected', and 'prompt' unless both answers repeat it "
     "(strings or lists of chat messages), or 'prompt_ids', 'chosen_ids' and 'rejected_ids'"

@@ -117,7 +117,14 @@ def _move(unit: nn.Module, device: torch.device) -> None:
 def _reshard_without_gradient(policy: Any, inputs: Any, outputs: Any) -> None:
     """No backward comes that would do it, and somebody may look at the parameters, or change them."""
     if not torch.is_grad_enabled():
-        policy.reshard()
+        reshard(policy)
+
+
+def reshard(policy: nn.Module) -> None:
+    """What a pass has left whole, with reshard_after_forward=False or where it ended in an error."""
+    for module in policy.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def _blocks(model: Any, plugin: FullyShardedDataParallelPlugin) -> list[Any]:
@@ -170,6 +177,17 @@ def share_of(value: Tensor) -> Tensor:
 def whole(value: Any) -> Any:
     """A tensor as it is in one process, from the shares of all, which call this together; anything else as it is."""
     return value.full_tensor() if is_sharded(value) else value
+
+
+@torch.no_grad()
+def fill_from_first(parameters: Mapping[str, Tensor], saved: Mapping[str, Tensor] | None) -> None:
+    """Sharded parameters from whole tensors by the same names, which the first process has; all call this."""
+    for name, parameter in parameters.items():
+        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        if saved is not None:
+            value.copy_(saved[name])
+        torch.distributed.broadcast(value, src=0)
+        parameter.copy_(share_like(value, parameter))
 
 
 def share_like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ from fastdpo.resume import (
     write,
 )
 from fastdpo.retry import Retry, out_of_memory
-from fastdpo.sharding import check_optimizer, whole
+from fastdpo.sharding import check_optimizer, reshard, whole
 from fastdpo.step import SUMS, PreferenceStep
 from fastdpo.surface import Surface, refuse_overrides
 from fastdpo_kernels.pair_loss import PairLoss
@@ -156,7 +156,7 @@ class DPOTrainer(Surface):
             args.learning_rate = 2e-5 if hasattr(self.policy.model, "peft_config") else 1e-6
         ref_policy = build.build_ref_policy(ref_model, self.policy, args, self.ranks)
         copied = build.frozen_copy(self.policy, ref_policy, args, self.ranks)
-        shapes = build.shard_policies([self.policy, ref_policy, copied], args, self.ranks)
+        shapes = build.shard_policies([self.policy, ref_policy, copied], tables, args, self.ranks)
         with build.fused_blocks([self.policy, ref_policy], args) as fused:
             tables = build.check_fit(self.policy, ref_policy, tables, self.processing_class, args)
             self.train_dataset = tables.pop("train", None)
@@ -238,6 +238,7 @@ class DPOTrainer(Surface):
         check_best_metric(args, self._eval_tables, self.loss, self.compute_metrics)
         started = time.time()
         self._start_engine()
+        reshard(self.policy)  # after an error amid a pass
         loader = self.get_train_dataloader()
         steps, epochs = length_of_run(loader, args)
         self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps, self._given_optimizers)
@@ -287,8 +288,11 @@ class DPOTrainer(Surface):
                 self._end_if_told()
             if args.load_best_model_at_end and self.state.best_model_checkpoint:
                 logger.info("loading the best model, from %s", self.state.best_model_checkpoint)
-                if self.ranks.is_main or self.ranks.fsdp:  # which wrote it, perhaps where the others cannot read
-                    checkpoint.load_weights(self.model, Path(self.state.best_model_checkpoint))
+                best = Path(self.state.best_model_checkpoint)  # which the first wrote, perhaps where others cannot read
+                if self.ranks.fsdp is not None:
+                    checkpoint.load_shares(self.model, best, self.ranks.is_main)
+                elif self.ranks.is_main:
+                    checkpoint.load_weights(self.model, best)
                 self.ranks.equalise(self.policy)
         return self._finish(time.time() - started)
 
@@ -298,7 +302,7 @@ class DPOTrainer(Surface):
     def _check_room(self, steps: int, epochs: int) -> None:
         """Of the disk, for checkpoints; raises ValueError where there is none."""
         args, output_dir = self.args, Path(str(self.args.output_dir))
-        if args.save_strategy == SaveStrategy.NO:
+        if args.save_strategy == SaveStrategy.NO or self.state.global_step >= steps:  # nothing comes to be saved
             return
         if args.should_save:
             checkpoint.tidy(output_dir)

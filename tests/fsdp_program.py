@@ -12,13 +12,16 @@ import ranks_program
 from accelerate.utils import patch_environment
 from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
-from ranks_program import LORA, RESUMED, run, summary, trainer_of
+from ranks_program import LORA, RESUMED, ROWS, best, options, run, summary, trainer_of
+from safetensors.torch import load_file
 from test_encoder_decoder import tiny
+from tiny_vision import picture, tiny_vision
+from tokenizers_for_tests import byte_level
 from torch import distributed
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import fastdpo
-from fastdpo import build
+from fastdpo import DPOConfig, DPOTrainer, build
 from fastdpo.sharding import is_sharded
 
 
@@ -99,6 +102,50 @@ def continued(out: Path, count: int) -> dict[str, Any]:
     return summary(trainer)
 
 
+def after_an_error_amid_a_pass(out: Path, count: int) -> dict[str, Any]:
+    trainer = trainer_of(out, count, max_steps=2)
+    block: Any = trainer.model.model.layers[1]
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError
+
+    handle = block.register_forward_pre_hook(fail)
+    try:
+        trainer.train()
+    except ArithmeticError:
+        handle.remove()
+    trainer.train()
+    return summary(trainer)
+
+
+def whole_blocks_after_forward(out: Path, count: int) -> dict[str, Any]:
+    """reshard_after_forward=False: weights stay until the backward pass; the best ones are loaded at the end."""
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
+    try:
+        return best(out / "whole", count)
+    finally:
+        del os.environ["FSDP_RESHARD_AFTER_FORWARD"]
+
+
+def resized_embeddings(out: Path, count: int) -> dict[str, Any]:
+    """peft saves embedding and head, which are frozen, with an adapter of a model that has more tokens than its base."""
+    base = out / f"base-{count}"
+    DPOConfig(**options(out, count))  # which connects the processes
+    if not distributed.is_initialized() or not distributed.get_rank():
+        tiny_llama().save_pretrained(base)
+    if distributed.is_initialized():
+        distributed.barrier()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(512, mean_resizing=False)
+    trainer = trainer_of(out / str(count), count, model=model, lora=True, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    found = summary(trainer)
+    trainer.ranks.wait()
+    saved = load_file(out / str(count) / "run/adapter_model.safetensors")
+    return {**found, "saved": {name: value for name, value in saved.items() if "lora" not in name}}
+
+
 def gathers(out: Path, count: int) -> dict[str, Any]:
     """How often weights are gathered, and from how many micro-batches on."""
     trainer = trainer_of(out, count, reference_free=True, max_steps=2, max_tokens_per_microbatch=100)
@@ -131,16 +178,28 @@ def shares(out: Path, count: int) -> dict[str, Any]:
 
 
 def refused(out: Path, count: int) -> dict[str, Any]:
-    said = {}
+    said, trained = {}, trainer_of(out, count).model
     for name, more in {
         "fp16": {"fp16": True},
         "torch_compile": {"torch_compile": True},
         "load_in_4bit": {"load_in_4bit": True, "lora": True},
         "optim": {"optim": "adafactor"},
+        "modules_to_save": {
+            "hooks": {"peft_config": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])},
+            "sync_ref_model": True,
+        },
         "activation_checkpointing": {"fsdp": True, "fsdp_config": {"activation_checkpointing": True}},
     }.items():
         try:
             trainer_of(out, count, **more).train()
+        except ValueError as error:
+            said[name] = str(error)
+    model, processor = tiny_vision("llava")
+    rows = [{**row, "prompt": "<image>" + row["prompt"], "images": [picture(30, 40, 1)]} for row in ROWS[:12]]
+    args = DPOConfig(**options(out, count, max_tokens_per_microbatch=None))
+    for name, given in {"images": (model, rows, processor), "twice": (trained, ROWS, byte_level())}.items():
+        try:
+            DPOTrainer(given[0], args=args, train_dataset=given[1], processing_class=given[2])
         except ValueError as error:
             said[name] = str(error)
     return {"said": said}
@@ -149,8 +208,9 @@ def refused(out: Path, count: int) -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(fused, tied, norms_beside_adapters, a_trained_adapter, encoder_decoder, half, continued, gathers, shares),
-        *(read_by_one, read_by_one_under_adapters, refused),
+        *(fused, tied, norms_beside_adapters, a_trained_adapter, encoder_decoder, after_an_error_amid_a_pass),
+        *(whole_blocks_after_forward, resized_embeddings, half, continued, gathers, shares, read_by_one),
+        *(read_by_one_under_adapters, refused),
     )
 }
 

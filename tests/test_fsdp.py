@@ -21,10 +21,12 @@ LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_
 COMPARED = (
     *("lora_with_evaluation", "matched", "sampled", "running_mean", "hooked", "token_mean", "padded"),
     *("a_last_batch_of_one_pair", "stream", "weights_that_differ_at_first", "remembered", "precomputed", "resumed"),
+    *("after_an_error_amid_a_pass", "whole_blocks_after_forward", "resized_embeddings"),
     *("best", "asked_by_one", "fused", "tied", "norms_beside_adapters", "a_trained_adapter", "encoder_decoder"),
     *("read_by_one", "read_by_one_under_adapters"),
 )
 OF_TWO = ("sampled", "running_mean", "token_mean", "padded", "stream", "asked_by_one", "norms_beside_adapters")
+OF_TWO += ("after_an_error_amid_a_pass", "resized_embeddings", "fused", "weights_that_differ_at_first")
 OF_TWO += ("read_by_one",)
 OTHERS = ("half", "continued", "gathers", "shares", "refused")
 ALL = SCENARIOS | fsdp_program.SCENARIOS
@@ -118,6 +120,14 @@ def test_a_saved_model_is_whole(count: int, found: Any) -> None:
     assert torch.equal(result["saved"]["lm_head.weight"], result["saved"]["model.embed_tokens.weight"])
 
 
+def test_frozen_embeddings_that_grew_are_saved_with_the_adapter(found: Any, alone: Any) -> None:
+    expected = alone("resized_embeddings")["saved"]
+    assert len(expected) == 2
+    for result in found("resized_embeddings", 2):
+        assert result["saved"].keys() == expected.keys()
+        assert all(torch.equal(result["saved"][name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("count", PROCESSES)
 def test_a_sharded_run_goes_on_in_one_process(count: int, found: Any, tmp_path: Path) -> None:
     expected = found("resumed", count)[0]
@@ -142,6 +152,9 @@ def test_a_run_of_one_process_goes_on_sharded(count: int, found: Any, checkpoint
         ("torch_compile", "leave it out"),
         ("load_in_4bit", "MULTI_GPU"),
         ("optim", "adamw_torch_fused"),
+        ("modules_to_save", "fastdpo merge"),
+        ("images", "MULTI_GPU"),
+        ("twice", "load it again"),
         ("activation_checkpointing", "gradient_checkpointing=True"),
     ],
 )
