@@ -304,6 +304,8 @@ class DPOConfig(TrainingArguments):
         for name in ("output_dir", "logging_dir", "ref_log_probs", "resume_from_checkpoint"):
             value = getattr(self, name)
             setattr(self, name, os.fspath(value) if isinstance(value, Path) else value)
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"{name} is empty, as of a variable that is not set: give a path, or leave it out.")
         self._join_quantization()
         self._join_loading()
         self._read_accelerator_config()
@@ -434,6 +436,8 @@ class DPOConfig(TrainingArguments):
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, float) and not math.isfinite(item) and name != "max_grad_norm":
                     raise ValueError(f"{name} must be finite, got {brief(value)}.")
+                if isinstance(item, Integral) and abs(item) > 10**38:  # no number in fp32
+                    raise ValueError(f"{name} must be at most 10**38, got {brief(value)}.")
                 if isinstance(item, str) and re.search("[\0\ud800-\udfff]", item):
                     raise ValueError(f"{name} must be text without zeros or halves of characters, got {brief(value)}.")
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdpo.attention import Calls, CannotPack, packed_calls
 from fastdpo.attention_backends import PACKABLE, Facts, Refused, choose
@@ -173,7 +173,8 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair], make: Collation | N
                 logits = _logits(policy, inputs)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 if not logits.isfinite().all():
-                    raise ValueError(f"{type(model).__name__} gives logits that are not finite: are its weights whole?")
+                    kind = type(model).__name__
+                    raise ValueError(f"{kind} gives logits that are not finite: {_broken_weights(model)}")
                 _check_causal(policy, inputs, logits)
                 largest = max(largest, float(logits.abs().max()))
                 scored = logits if "decoder_input_ids" in inputs else logits[len(pair.prompt) - 1 : -1]
@@ -190,6 +191,14 @@ def _model_logps(policy: Policy, pairs: Sequence[TokenPair], make: Collation | N
 
 def _logits(policy: Policy, inputs: Mapping[str, Tensor]) -> Tensor:
     return policy.within(lambda: policy.model(**inputs, use_cache=False)).logits[0]
+
+
+def _broken_weights(model: nn.Module) -> str:
+    broken = [name for name, p in model.named_parameters() if p.is_floating_point() and not p.isfinite().all()]
+    if not broken:
+        return "its weights are finite, so what it computes overflows its dtype: set bf16=True or load it in float32"
+    more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+    return f"{broken[0]}{more} of its weights hold NaN or infinity: load it anew, or take an earlier checkpoint"
 
 
 def _check_causal(policy: Policy, inputs: dict[str, Tensor], logits: Tensor) -> None:

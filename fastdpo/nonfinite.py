@@ -143,7 +143,8 @@ class Guard:
             if (fault := pending.fault()) is None:
                 continue
             if self.running.skipped_steps and not self.stops:  # only the first one's rows are saved
-                fault.rows = [_numbers(row) for row in fault.rows if _not_finite(row)] if len(self.found) < SHOWN else []
+                told = fault.rows if len(self.found) < SHOWN else []
+                fault.rows = [_numbers(row) for row in told if _not_finite(row)]
             self.running.skipped_steps += 1
             self.found.append(fault)
 

@@ -31,7 +31,9 @@ from fastdpo.batch import PreferenceBatch
 from fastdpo.checkpoint import RUN, Weights, load_trained, save_trained
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, list_lengths
+from fastdpo.identity import base_tensors, tensors_digest
 from fastdpo.metrics import Running
+from fastdpo.model import base_model
 from fastdpo.ranks import Ranks
 from fastdpo.reference import NoReference, Reference, ReferenceMemory
 from fastdpo.retry import Retry
@@ -43,9 +45,12 @@ logger = logging.getLogger(__name__)
 
 OF_RUNNING = ("tokens", "pairs", "learning_rate", "window_loss", "mean_loss", "logged_steps", "counted_steps")
 OF_RUNNING += ("skipped_steps",)
-OF_LOSS = tuple(name for name, verdict in VERDICTS.items() if verdict.topic == "preference loss")
+# Options that a run keeps to its end: the optimizer's state and the schedule go on with those that they were made with
+KEPT = ("preference loss", "optimizer and schedule")
+OF_METHOD = tuple(name for name, verdict in VERDICTS.items() if verdict.topic in KEPT)
 # Options that say which rows a step sees: another value would go on with other rows than those that were left.
 OF_ORDER = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last")
+OF_REFERENCE = "weights of the reference, a digest"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class RunState:
     retry: Retry
     ranks: Ranks
     args: DPOConfig
-    rows: dict[str, Any]  # of `rows_in_words`
+    rows: dict[str, Any]  # of `run_in_words`
     probe: PreferenceBatch  # any pairs, always the same
 
     def gather(self, position: Position) -> dict[str, Any]:
@@ -136,8 +141,10 @@ class RunState:
         self._check_reference(state["probe"])
         states = state["random"]
         if len(states) != self.ranks.count:
+            draws = "" if self.args.disable_dropout else ": dropout draws other masks"
             logger.warning(
-                "resuming a run of %d processes with %d: dropout draws other masks", len(states), self.ranks.count
+                "resuming a run of %d process%s with %d%s",
+                *(len(states), "es" if len(states) > 1 else "", self.ranks.count, draws),
             )
         return Position(*state["position"]), states[self.ranks.rank % len(states)]
 
@@ -165,22 +172,30 @@ def write(model: nn.Module, state: dict[str, Any], directory: Path, weights: Wei
     torch.save(state, directory / RUN)
 
 
-def rows_in_words(table: Any, args: DPOConfig, ranks: Ranks) -> dict[str, Any]:
-    """What tells one run's data from another's."""
+def run_in_words(table: Any, reference: Reference | NoReference, args: DPOConfig, ranks: Ranks) -> dict[str, Any]:
+    """What tells one run from another: its options, its data, and the weights of a reference model of its own."""
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.count
     options = args.to_dict()
-    words = {"pairs a step": pairs, **{name: str(options[name]) for name in (*OF_ORDER, *OF_LOSS)}}
+    words = {"pairs a step": pairs, **{name: str(options[name]) for name in (*OF_ORDER, *OF_METHOD)}}
     if isinstance(table, Dataset):
         lengths = b"".join(list_lengths(table, column).astype("<i8").tobytes() for column in ID_COLUMNS)
         words |= {"rows": len(table), "lengths of the rows, a digest": crc32(lengths)}
+    policy = None if isinstance(reference, NoReference) or reference.follows else reference.policy
+    if policy is not None and not any(parameter.requires_grad for parameter in policy.parameters()):
+        words[OF_REFERENCE] = tensors_digest(base_tensors(base_model(policy.model)))
     return words
 
 
 def _check_rows(saved: dict[str, Any], ours: dict[str, Any], directory: Path) -> None:
+    if OF_REFERENCE in saved and saved[OF_REFERENCE] != ours.get(OF_REFERENCE, saved[OF_REFERENCE]):
+        raise ValueError(
+            f"the reference has other weights than when the run of {directory} began: give the model that training "
+            "started from, not what a checkpoint holds, and resume_from_checkpoint beside it"
+        )
     for name in {**saved, **ours}:
-        if saved.get(name) != ours.get(name):
+        if saved.get(name) != ours.get(name) and name != OF_REFERENCE:
             raise ValueError(
-                f"{directory} is of a run with another loss, other data or another order of it: {name} was "
+                f"{directory} is of a run with another loss, optimizer, data or order of it: {name} was "
                 f"{saved.get(name)}, and is {ours.get(name)}. Resume with what the run began with, or start anew with "
                 "the saved model"
             )

@@ -57,11 +57,29 @@ def _typed(row: dict[str, Any], column: str, where: str) -> str | list[dict]:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
+        for place, message in enumerate(value):
+            content = message.get("content")
+            if not isinstance(content, (str, list, dict, type(None))):  # None beside tool calls, a dict of a tool's
+                raise ValueError(
+                    f"{where}: column {column!r}, message {place}: the content is {type_name(content)}, expected a "
+                    "string or a list of parts."
+                )
         return without_none(value)
     raise ValueError(
         f"{where}: column {column!r} is {type_name(value)}, expected a string or a list of chat messages "
-        '({"role": ..., "content": ...}).'
+        f'({{"role": ..., "content": ...}}){_no_message(value)}.'
     )
+
+
+def _no_message(value: Any) -> str:
+    """Which dict of a list is no chat message, and why."""
+    for place, message in enumerate(value if isinstance(value, list) else ()):
+        if isinstance(message, dict) and not isinstance(message.get("role"), str):
+            keys = [key for key, item in message.items() if item is not None]
+            hint = "; rename 'from' to 'role' and 'value' to 'content'" if {"from", "value"} <= set(keys) else ""
+            fault = f"whose role is {type_name(message['role'])}" if "role" in keys else "without 'role'"
+            return f": message {place} is one {fault}, with the keys {', '.join(map(repr, keys))[:200]}{hint}"
+    return ""
 
 
 def without_none(value: Any) -> Any:
@@ -142,9 +160,24 @@ def says_nothing(answer: str | list[dict]) -> bool:
 def given_ids(row: dict[str, Any], where: str) -> tuple[list[int], list[int], list[int]]:
     for column in ID_COLUMNS:
         ids = row[column]
-        if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-            raise ValueError(f"{where}: column {column!r} is {type_name(ids)}, expected a list of token ids (>= 0).")
+        if not isinstance(ids, list) or not all(map(_is_id, ids)):
+            raise ValueError(
+                f"{where}: column {column!r} is {type_name(ids)}, expected a list of token ids (>= 0){_no_id(ids)}."
+            )
     return row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]
+
+
+def _is_id(token: Any) -> bool:
+    return type(token) is int and 0 <= token < 2**31
+
+
+def _no_id(ids: Any) -> str:
+    """Which item of a list is no token id."""
+    for place, token in enumerate(ids if isinstance(ids, list) else ()):
+        if not _is_id(token):
+            large = type(token) is int and token.bit_length() > 64  # Python may refuse to print it
+            return f": item {place} is {'beyond 64 bits' if large else ascii(token)[:40]}"
+    return ""
 
 
 def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:

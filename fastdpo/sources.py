@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, IterableDataset
 from datasets.exceptions import DatasetsError
 
@@ -22,6 +25,12 @@ from fastdpo.rows import COMPLETION_COLUMNS, ID_COLUMNS, IMAGE_COLUMNS, OPTION_C
 # What Arrow and datasets raise for cells that they cannot hold: lone surrogates, huge numbers, bytes beside text, ...
 NO_ARROW = (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError)
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+# What makes a Dataset of other libraries' tables, by the library
+REMEDIES = {
+    "pandas": "Dataset.from_pandas(table, preserve_index=False)",
+    "polars": "Dataset.from_polars(table)",
+    "pyarrow": "Dataset(table)",
+}
 
 
 def load_rows(source: Any, split: str, name: str) -> Dataset | IterableDataset:
@@ -42,10 +51,11 @@ def load_rows(source: Any, split: str, name: str) -> Dataset | IterableDataset:
     elif isinstance(source, (list, tuple)):
         rows = _table(_columns(source, f"The {name} dataset"), f"The {name} dataset")
     else:
+        remedy = REMEDIES.get(type(source).__module__.partition(".")[0])
         raise ValueError(
             f"The {name} dataset is of type {type(source).__name__}; expected a datasets.Dataset, IterableDataset or "
             "DatasetDict, a dict of columns, a list of rows, a path to a jsonl, json, parquet or csv file, or the name "
-            "of a dataset on the Hub."
+            f"of a dataset on the Hub.{f' Give datasets.{remedy}.' if remedy else ''}"
         )
     if isinstance(rows, Dataset) and len(rows) == 0:
         raise ValueError(f"The {name} dataset is empty: it has no rows.")
@@ -91,15 +101,19 @@ def _load_file(path: Path, what: str) -> Dataset:
         raise ValueError(f"{what} is empty.")
     if suffix == ".parquet":
         try:
-            return Dataset.from_parquet(str(path))  # type: ignore[return-value]
-        except (OSError, ValueError, DatasetsError) as error:
+            if pq.read_metadata(path).num_rows:
+                return Dataset.from_parquet(str(path))  # type: ignore[return-value]
+        except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
             raise ValueError(f"{what} cannot be read as parquet: {error.__cause__ or error}") from error
+        raise ValueError(f"{what} is empty: it has no rows.")
     csv.field_size_limit(2**31 - 1)  # its default, 128k, is less than a long document in a prompt
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, strict=True)) if suffix == ".csv" else _parse_json(file.read(), what)
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{what} cannot be read as {suffix[1:]}: {error}.") from error
+            rows = _parse_csv(file, what) if suffix == ".csv" else _parse_json(file.read(), what)
+    except csv.Error as error:
+        raise ValueError(f"{what} cannot be read as csv: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} cannot be read as {suffix[1:]}: {_no_text(path)}.") from error
     columns = rows if isinstance(rows, dict) else _columns(rows, what)
     for column in IMAGE_COLUMNS:
         if column in columns:
@@ -116,6 +130,31 @@ def _beside(file: Path, value: Any) -> Any:
     return str(file.parent / value) if isinstance(value, str) and "://" not in value else value
 
 
+def _no_text(path: Path) -> str:
+    """Why a file is no UTF-8, with the remedy."""
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        return "it is compressed (gzip): unpack it"
+    before = re.split("[\udc80-\udcff]", content.decode(errors="surrogateescape"), maxsplit=1)[0]
+    return f"line {1 + before.count(chr(10))} is not UTF-8: save the file as UTF-8"
+
+
+def _parse_csv(file: TextIO, what: str) -> list[dict[str, Any]]:
+    reader = csv.DictReader(file, strict=True)
+    names = reader.fieldnames or ()
+    if twice := [column for column, times in Counter(names).items() if times > 1 and column]:
+        raise ValueError(f"{what} has the column {twice[0]!r} more than once: rename or remove all but one.")
+    rows: list[dict[Any, Any]] = []
+    for row in reader:
+        if None in row:  # where DictReader puts the fields that are too many
+            raise ValueError(
+                f"{what}: the row that ends in line {reader.line_num} has {len(names) + len(row[None])} fields, and "
+                f'the header {len(names)}: put "quotes" around fields with commas in them, and end no row with one.'
+            )
+        rows.append(row)
+    return rows
+
+
 def _parse_json(text: str, what: str) -> Any:
     """A json array, a dict of columns, or one row a line, whichever of .json and .jsonl the file is called."""
     whole = text.lstrip()[:1] == "["
@@ -123,16 +162,24 @@ def _parse_json(text: str, what: str) -> Any:
     parsed = []
     for number, part in parts:
         try:
-            parsed.append(json.loads(part))
+            parsed.append(json.loads(part, object_pairs_hook=_object))
         except json.JSONDecodeError as error:
             line = number + error.lineno - 1
             raise ValueError(f"{what} is not valid json in line {line}, column {error.colno}: {error.msg}.") from error
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists, ...
             where = "somewhere" if whole else f"in line {number}"
             raise ValueError(f"{what} holds what is no row {where}: {_in_a_line(error)}") from error
     if whole:
         return parsed[0]
     return parsed[0] if len(parsed) == 1 and _is_columns(parsed[0]) else parsed
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {twice!r} more than once: remove all but one.")
+    return found
 
 
 def _is_columns(row: Any) -> bool:
@@ -178,4 +225,5 @@ def _arrow(columns: dict[str, list]) -> Dataset:
 def _in_a_line(error: Exception) -> str:
     """What another library says, in printable text."""
     text = " ".join(str(error).split())[:300]
+    text = text.replace("use sys.set_int_max_str_digits() to increase the limit", "give it as a string or not at all")
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

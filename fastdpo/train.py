@@ -56,7 +56,7 @@ from fastdpo.resume import (
     RunState,
     callback_states,
     restore_callbacks,
-    rows_in_words,
+    run_in_words,
     set_random_state,
     write,
 )
@@ -262,7 +262,7 @@ class DPOTrainer(Surface):
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = self.optimizer, self.lr_scheduler, loader
 
         self._position, self._random_state = Position(), None
-        self._rows_in_words = rows_in_words(self.train_dataset, args, self.ranks)
+        self._in_words = run_in_words(self.train_dataset, self.reference, args, self.ranks)
         self._ended_by, self._saved_step = 0, -1
         if resumed is not None:
             self._resume(resumed)
@@ -327,6 +327,9 @@ class DPOTrainer(Surface):
         if best.is_dir():  # output_dir may be called otherwise by now
             state.best_model_checkpoint = str(best)
         restore_callbacks(self.callback_handler.callbacks, state.stateful_callbacks)
+        if state.global_step >= state.max_steps:
+            left = directory.name, state.global_step, state.max_steps
+            logger.warning("%s is of step %d: nothing is left of %d steps", *left)
         self._margins_checked = True
 
     def _run_state(self) -> RunState:
@@ -341,7 +344,7 @@ class DPOTrainer(Surface):
             retry=self._retry,
             ranks=self.ranks,
             args=self.args,
-            rows=self._rows_in_words,
+            rows=self._in_words,
             probe=build.probe_batch(self.policy, self.layout),
         )
 

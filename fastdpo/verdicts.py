@@ -63,8 +63,8 @@ _WORKS = {
     "metric_for_best_model greater_is_better eval_accumulation_steps batch_eval_metrics eval_do_concat_batches "
     "include_for_metrics generate_during_eval",
     "logging": "report_html logging_strategy logging_steps logging_first_step logging_nan_inf_filter logging_dir "
-    "log_level log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
-    "trackio_static_space_id",
+    "log_level log_level_replica log_on_each_node disable_tqdm report_to run_name project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id",
     "saving": "output_dir overwrite_output_dir save_strategy save_steps save_total_limit save_on_each_node "
     "save_only_model resume_from_checkpoint push_to_hub hub_model_id hub_strategy hub_token hub_private_repo "
     "hub_always_push hub_revision",
@@ -231,6 +231,12 @@ RANGES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("warmup_ratio ld_alpha", "between 0 and 1", lambda value: 0 <= value <= 1),
     ("ref_model_mixup_alpha", "above 0 and at most 1", lambda value: 0 < value <= 1),
     ("max_steps", "-1 (unset) or at least 1", lambda value: value == -1 or value >= 1),
+    (
+        "seed data_seed per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r "
+        "dataloader_num_workers",
+        "below 4294967296",
+        lambda value: value < 2**32,
+    ),
 )
 
 

@@ -515,3 +515,9 @@ def test_the_table_of_the_docs_has_every_option_of_the_installed_trl():
     trl = pytest.importorskip("trl", reason="TRL is not installed")
     table = verdicts.table()
     assert [f.name for f in dataclasses.fields(trl.DPOConfig) if f"| `{f.name}` |" not in table] == []
+
+
+@pytest.mark.parametrize("name", ["output_dir", "resume_from_checkpoint", "ref_log_probs"])
+def test_an_empty_path_is_refused(name: str, tmp_path) -> None:
+    with pytest.raises(ValueError, match=f"{name} is empty"):
+        DPOConfig(**{"output_dir": str(tmp_path), name: ""})

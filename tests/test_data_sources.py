@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from tokenizers_for_tests import BAD, CHAT, CHATML, GOOD, PLAIN, USER, byte_level, config, pairs_of
@@ -91,11 +95,19 @@ def test_a_directory_of_files_is_read_and_one_without_is_refused(tokenizer, tmp_
         ([{"prompt_ids": [1], "chosen_ids": ["a"], "rejected_ids": [2]}], "column 'chosen_ids' is list of str"),
         ([{"prompt_ids": [1], "chosen_ids": [-100], "rejected_ids": [2]}], "expected a list of token ids"),
         ([{"prompt_ids": [1], "chosen_ids": [2**40], "rejected_ids": [2]}], "expected a list of token ids"),
+        ([{"prompt_ids": [1], "chosen_ids": [3, -1], "rejected_ids": [2]}], r"\(>= 0\): item 1 is -1\."),
+        ([{"prompt_ids": [2**63 - 1], "chosen_ids": [3], "rejected_ids": [2]}], "item 0 is 9223372036854775807"),
+        ([{**CHAT, "chosen": [GOOD, {"content": "a"}]}], "message 1 is one without 'role', with the keys 'content'"),
+        ([{**CHAT, "chosen": [{"from": "gpt", "value": "a"}]}], "rename 'from' to 'role' and 'value' to 'content'"),
+        ([{**CHAT, "chosen": [{"role": 5, "content": "a"}]}], "message 0 is one whose role is int"),
+        ([{**CHAT, "chosen": [{**GOOD, "content": 5}]}], "column 'chosen', message 0: the content is int, expected"),
         ([{**PLAIN, "chosen": "\ud83d"}], "cannot be made a table: .*surrogates not allowed"),
         ([], "The train dataset is empty"),
         ([PLAIN, "text"], "row 1 is of type str, expected a dict"),
         ({"prompt": ["a"], "chosen": ["b", "c"], "rejected": ["d"]}, "columns of different lengths"),
         (7, "is of type int; expected a datasets.Dataset"),
+        (pd.DataFrame([PLAIN]), r"is of type DataFrame; .* Give datasets.Dataset.from_pandas\(table, preserve_index"),
+        (pa.table({"chosen": ["a"]}), r"is of type Table; .* Give datasets.Dataset\(table\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -129,6 +141,10 @@ def test_a_bad_row_of_a_stream_is_named(tokenizer):
         ("scalars.jsonl", "1\n2\n", "row 0 is of type int"),
         ("rows.xlsx", "x", "suffix '.xlsx'; expected one of .jsonl, .json, .parquet, .csv"),
         ("long.csv", "prompt,chosen,rejected\na,b\n", "column 'rejected' is nothing"),
+        ("wide.csv", 'prompt,chosen,rejected\n"q\n",a,b\nq2,c,d,e\n', "ends in line 4 has 4 fields, and the header 3"),
+        ("twice.csv", "prompt,chosen,rejected,chosen\nq,a,b,c\n", "has the column 'chosen' more than once"),
+        ("twice.jsonl", json.dumps(PLAIN) + '\n{"chosen": "a", "chosen": "b"}', "line 2: .* the key 'chosen' more"),
+        ("digits.jsonl", '{"prompt": ' + "1" * 5000 + "}", "in line 1: .*; give it as a string or not at all$"),
     ],
     ids=lambda value: value if len(value) < 15 else "",
 )
@@ -136,6 +152,29 @@ def test_bad_files_are_told_apart(file, content, message, tmp_path, tokenizer):
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
         pairs_of(tmp_path / file, tokenizer)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("é".encode("utf-16"), "line 1 is not UTF-8: save the file as UTF-8"),
+        ("x\n\u2028é".encode() + "\né".encode("latin-1"), "line 3 is not UTF-8"),
+        (gzip.compress(b"{}"), r"compressed \(gzip\): unpack it"),
+    ],
+    ids=["utf-16", "latin-1", "gzip"],
+)
+def test_a_file_that_is_not_utf_8_is_told_by_its_line(content, suffix, message, tmp_path):
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(path, "train", "train")
+
+
+def test_a_parquet_file_without_rows_is_called_empty(tmp_path):
+    pq.write_table(pa.table(dict.fromkeys(PLAIN, pa.array([], pa.string()))), tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match=r"none.parquet is empty: it has no rows"):
+        load_rows(tmp_path / "none.parquet", "train", "train")
 
 
 @pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/no/such/file", Path("missing")], ids=str)

@@ -185,6 +185,10 @@ def test_another_model_other_rows_or_another_order_are_refused(saved, rows, toke
         trainer(rows, tokenizer, quick | {"seed": 7}).train(where)
     with pytest.raises(ValueError, match="beta was 0.1, and is 0.5"):
         trainer(rows, tokenizer, quick | {"beta": 0.5}).train(where)
+    with pytest.raises(ValueError, match="optim was .*adamw.*, and is .*sgd"):
+        trainer(rows, tokenizer, quick | {"optim": "sgd"}).train(where)
+    with pytest.raises(ValueError, match="learning_rate was .*, and is 0.5"):
+        trainer(rows, tokenizer, quick | {"learning_rate": 0.5}).train(where)
     with pytest.raises(ValueError, match="is of another model, or of other adapters"):
         trainer(rows, tokenizer, quick, **LORA).train(where)
     with pytest.raises(ValueError, match="no whole checkpoint: it is not there"):
@@ -193,7 +197,9 @@ def test_another_model_other_rows_or_another_order_are_refused(saved, rows, toke
 
 def test_the_checkpoints_model_in_place_of_the_first_one_is_refused(saved, rows, tokenizer, quick) -> None:
     """Its reference would be the policy as it was saved."""
-    moved = tiny_llama(initializer_range=0.2)
+    moved = tiny_llama()
+    with torch.no_grad():
+        moved.model.norm.weight[3] += 1e-6
     with pytest.raises(ValueError, match="give the model that training started from"):
         trainer(rows, tokenizer, quick, make=lambda: moved).train(str(saved / "checkpoint-2"))
 

@@ -83,7 +83,7 @@ MAY_IMPORT = {
     "nonfinite": {"batch", "checkpoint", "metrics", "optimizer", "ranks", "sharding"},
     "resume": {
         *("batch", "checkpoint", "config", "data", "metrics", "ranks", "reference", "retry", "step", "verdicts"),
-        "sharding",
+        *("identity", "model", "sharding"),
     },
     "hub": {"config"},
     "card": {"config", "losses", "mixture", "model"},
