@@ -73,7 +73,8 @@ def _typed(row: dict[str, Any], column: str, where: str) -> str | list[dict]:
 
 def _no_message(value: Any) -> str:
     """Which dict of a list is no chat message, and why."""
-    for place, message in enumerate(value if isinstance(value, list) else ()):
+    messages: list[Any] = value if isinstance(value, list) else []
+    for place, message in enumerate(messages):
         if isinstance(message, dict) and not isinstance(message.get("role"), str):
             keys = [key for key, item in message.items() if item is not None]
             hint = "; rename 'from' to 'role' and 'value' to 'content'" if {"from", "value"} <= set(keys) else ""

@@ -128,7 +128,7 @@ def whole_blocks_after_forward(out: Path, count: int) -> dict[str, Any]:
 
 
 def resized_embeddings(out: Path, count: int) -> dict[str, Any]:
-    """peft saves embedding and head, which are frozen, with an adapter of a model that has more tokens than its base."""
+    """peft saves embedding and head, though frozen, with an adapter of a model of more tokens than its base has."""
     base = out / f"base-{count}"
     DPOConfig(**options(out, count))  # which connects the processes
     if not distributed.is_initialized() or not distributed.get_rank():

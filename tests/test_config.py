@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -165,6 +166,9 @@ def test_an_unknown_option_is_an_error_with_the_nearest_name(tmp_path):
     "options, message",
     [
         ({"beta": 0}, "beta must be above 0, got 0"),
+        ({"beta": 10**400}, r"beta must be at most 10\*\*38, got 1000"),
+        ({"seed": 2**32}, "seed must be below 4294967296, got 4294967296"),
+        ({"ddp_backend": "cpu:gloo,cuda:nccll"}, "ddp_backend='nccll' is none of .* did you mean 'nccl'"),
         ({"beta": -0.1}, "beta must be above 0"),
         ({"beta": math.nan}, "beta must be finite"),
         ({"beta": "0.1"}, "beta must be a number, got '0.1'"),
@@ -346,6 +350,22 @@ def test_the_precision_of_accelerate_launch_is_taken_or_contradicted_by_name(tmp
         config(tmp_path, use_cpu=True)
     with pytest.raises(ValueError, match="mixed_precision='fp16', and the options are bf16=True"):
         config(tmp_path, use_cpu=True, bf16=True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_length": 10**30, "max_prompt_length": None},  # model_max_length of many tokenizers
+        {"save_steps": 10**10, "eval_steps": 10**10, "logging_steps": sys.maxsize},  # never
+        {"ddp_backend": "cpu:gloo,cuda:nccl"},
+    ],
+    ids=",".join,
+)
+def test_numbers_that_mean_no_limit_or_never_and_backends_by_device_are_taken(given, tmp_path):
+    made = config(tmp_path)
+    vars(made).update(given)  # a constructor would connect the processes of a backend
+    made.validate()
+    assert {name: getattr(made, name) for name in given} == given
 
 
 def test_bf16_is_decided_in_the_constructor_and_off_on_a_cpu_unless_asked_for(tmp_path):

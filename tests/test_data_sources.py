@@ -122,6 +122,16 @@ def test_a_bad_row_is_named_from_another_process_too(tokenizer):
         pairs_of(rows, tokenizer, dataset_num_proc=2)
 
 
+def test_later_rows_of_a_stream_may_have_columns_that_nothing_reads_but_no_others(tokenizer):
+    def pairs(**more):
+        return pairs_of(IterableDataset.from_generator(lambda: iter([PLAIN, {**PLAIN, **more}])), tokenizer)
+
+    first, second = pairs(source="the web", label=True)
+    assert first == second
+    with pytest.raises(ValueError, match="the stream has the column 'tools' there"):
+        pairs(tools=[])
+
+
 def test_a_bad_row_of_a_stream_is_named(tokenizer):
     stream = IterableDataset.from_generator(lambda: iter([PLAIN, {**PLAIN, "chosen": 5}]))
     with pytest.raises(ValueError, match="row 1: column 'chosen' is int"):

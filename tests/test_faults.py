@@ -207,24 +207,52 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused_before_the_first_step(
     rows, tokenizer, quick, monkeypatch, caplog
 ) -> None:
     takes = 4 * sum(parameter.nbytes for parameter in tiny_llama().parameters())  # with what trains, and two moments
-    usage, text = namedtuple("usage", "free"), f"{takes / 2**20:.1f} MiB"
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(takes - 1))
+    usage, text = namedtuple("usage", "total free"), f"{takes / 2**20:.1f} MiB"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * takes, takes - 1))
     options = quick | {"save_strategy": "steps", "save_steps": 2}
     with pytest.raises(ValueError, match=f"{text} free, and a checkpoint takes {text}: make room"):
         trainer(rows, tokenizer, options).train()
     trainer(rows, tokenizer, options | {"save_only_model": True}).train()  # a quarter
     assert "room for" not in caplog.text
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(takes + 2**10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10 * takes, takes + 2**10))
     trainer(rows, tokenizer, options | {"save_total_limit": 1}).train()
     assert f"room for 1 checkpoints of {text}, and this run comes to have 2" in caplog.text
 
 
-def test_what_a_killed_run_left_half_written_goes_when_the_next_one_begins(rows, tokenizer, quick) -> None:
-    draft = Path(quick["output_dir"], ".checkpoint-7.writing")
-    draft.mkdir(parents=True)
-    (draft / "model.safetensors").write_bytes(b"half")
+def test_a_disk_that_does_not_say_what_is_free_and_a_run_with_nothing_left_to_save_are_not_refused(
+    rows, tokenizer, quick, monkeypatch
+) -> None:
+    usage, options = namedtuple("usage", "total free"), quick | {"save_strategy": "steps", "save_steps": 4}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0))
+    trainer(rows, tokenizer, options).train()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 0))
+    trainer(rows, tokenizer, options).train(resume_from_checkpoint=True)
+
+
+def test_what_a_killed_run_left_half_written_goes_when_the_next_one_begins_and_nothing_else(
+    rows, tokenizer, quick
+) -> None:
+    out = Path(quick["output_dir"])
+    for name in (".checkpoint-7.writing", ".nonfinite-step-3.writing", ".checkpoint-of-mine.old"):
+        (out / name).mkdir(parents=True)
+        (out / name / "model.safetensors").write_bytes(b"half")
     trainer(rows, tokenizer, quick | {"save_strategy": "steps", "save_steps": 4}).train()
-    assert not draft.exists()
+    assert [path.name for path in out.glob(".*")] == [".checkpoint-of-mine.old"]
+
+
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_full_shared_memory_is_a_matter_of_workers_and_only_a_whole_checkpoint_is_to_go_on_from(
+    only_model, rows, tokenizer, quick
+) -> None:
+    def full() -> None:
+        raise RuntimeError("unable to write to file </torch_9_1>: No space left on device (28)")
+
+    options = quick | {"save_strategy": "steps", "save_steps": 1, "save_only_model": only_model}
+    with pytest.raises(RuntimeError) as caught:
+        trainer(rows, tokenizer, options, callbacks=[At(2, full)]).train()
+    (note,) = caught.value.__notes__
+    assert "ask for fewer dataloader_num_workers" in note
+    assert ("goes on from checkpoint-1" in note, "no checkpoint to go on from" in note) == (not only_model, only_model)
 
 
 def test_a_directory_that_cannot_be_written_is_refused_before_a_model_loads(small_disk, quick, rows, tmp_path) -> None:

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import tiny_llama
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from fastdpo import DPOConfig, DPOTrainer, checkpoint
 from fastdpo.data import pair_of, row_key
 from fastdpo.loader import epoch_batches, row_numbers
-from fastdpo.nonfinite import ROWS
+from fastdpo.nonfinite import ROWS, SHOWN
 
 BAD = 9  # the row with the marker: of the second step of an epoch
 MARKER = " ZZ"
@@ -311,9 +312,10 @@ def test_a_run_that_goes_on_counts_on_and_saves_no_second_first(marked, broken, 
     assert not list((tmp_path / "again").glob("nonfinite*"))
 
 
-def test_a_full_disk_does_not_hide_the_fault(rows, tokenizer, quick, monkeypatch) -> None:
+@pytest.mark.parametrize("error", [OSError, SafetensorError, RuntimeError])
+def test_a_full_disk_does_not_hide_the_fault(error, rows, tokenizer, quick, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr("fastdpo.checkpoint._to_disk", full)
     trainer = trainer_of(tiny_llama(), rows, tokenizer, quick | RAISE)
@@ -337,9 +339,27 @@ def test_rows_are_named_in_a_shuffled_second_epoch_too(rows, tokenizer, quick) -
     loader = trainer.get_train_dataloader()
     for epoch in range(2):
         for done, share in enumerate(epoch_batches(loader, epoch)):
-            for key, number in row_numbers(loader, epoch, done, share).items():
-                assert keys[number] == key
+            for key, numbers in row_numbers(loader, epoch, done, share).items():
+                assert [keys[number] for number in numbers] == [key]
             assert len(share.places) == 6
+
+
+def test_of_equal_rows_each_is_named(marked, broken, tokenizer, quick) -> None:
+    twice = [*marked[:6], marked[BAD], marked[7], marked[BAD], *marked[9:]]
+    with pytest.raises(FloatingPointError, match="log-probs or loss of rows 6, 8, 9 of trainer.train_dataset"):
+        trainer_of(broken(), twice, tokenizer, quick | RAISE).train()
+
+
+def test_of_later_faults_no_tokens_and_of_many_no_rows_are_kept(marked, broken, tokenizer, quick) -> None:
+    trainer = trainer_of(broken(), [marked[BAD]] * 6, tokenizer, quick | SKIP | {"max_steps": 11, "logging_steps": 11})
+    seen: list[list] = []
+    keep = lambda *_, **__: seen.append([fault.rows for fault in trainer._guard.found])  # noqa: E731
+    trainer._report_faults, report = (lambda: (keep(), report())), trainer._report_faults
+    trainer.train()
+    rows = max(seen, key=len)
+    assert [len(found) for found in rows] == [6] * SHOWN + [0] * 3
+    assert ["chosen_ids" in found[0] for found in rows[:SHOWN]] == [True] + [False] * (SHOWN - 1)
+    assert [row["row"] for row in rows[1]] == list(range(6))
 
 
 def test_another_word_is_refused_with_those_that_there_are(quick) -> None:

@@ -19,6 +19,7 @@ from conftest import figure, tiny_llama
 from peft import LoraConfig
 from tiny_models import tiny_model
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from fastdpo import DPOConfig, DPOTrainer, checkpoint
 from fastdpo.interrupts import Interrupts
@@ -122,6 +123,24 @@ def test_patience_is_not_begun_anew(rows, tokenizer, quick, tmp_path) -> None:
         runs[-1].train(resume_from)
     assert runs[0].state.global_step == 5
     assert_the_same_run(*runs)
+
+
+class Counts(TrainerCallback, ExportableState):
+    """Has its attribute from the first step on alone."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.steps = getattr(self, "steps", 0) + 1
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+
+def test_a_callback_that_makes_its_attributes_as_it_runs_gets_them_back(rows, tokenizer, quick) -> None:
+    options = quick | {"save_strategy": "steps", "save_steps": 1}
+    trainer(rows, tokenizer, options | {"max_steps": 1}, callbacks=[Counts()]).train()
+    counts = Counts()
+    trainer(rows, tokenizer, options | {"max_steps": 2}, callbacks=[counts]).train(resume_from_checkpoint=True)
+    assert counts.steps == 2
 
 
 class SendAt(TrainerCallback):

@@ -181,9 +181,9 @@ def test_steps_of_a_checkpoint_that_would_name_other_folders_are_refused(changes
         train(max_steps=2, resume_from_checkpoint=str(saved))
 
 
-def test_a_checkpoint_sets_no_attribute_that_a_callback_does_not_save() -> None:
+def test_a_checkpoint_replaces_no_method_of_a_callback() -> None:
     callback = EarlyStoppingCallback(3)
-    theirs = {"early_stopping_patience_counter": 2, "on_save": "nothing", "path": "/etc/passwd"}
+    theirs = {"early_stopping_patience_counter": 2, "on_save": "nothing", "__class__": "nothing"}
     restore_callbacks([callback], {"EarlyStoppingCallback": [{"attributes": theirs}]})
     assert vars(callback) == {**vars(EarlyStoppingCallback(3)), "early_stopping_patience_counter": 2}
 
@@ -199,10 +199,13 @@ def test_a_list_of_files_that_names_others_is_damage(listed, saved) -> None:
     assert checkpoint.FILES in checkpoint.damage(saved)
 
 
-def test_a_link_in_the_place_of_a_file_is_damage(saved, tmp_path) -> None:
-    (saved / "config.json").rename(tmp_path / "config.json")
-    (saved / "config.json").symlink_to(tmp_path / "config.json")
-    assert "not a file of the checkpoint's own" in checkpoint.damage(saved)
+def test_a_checkpoint_of_links_is_read_by_its_checksums_as_downloads_are_made_of_them(saved, tmp_path) -> None:
+    blob = tmp_path / "blob"
+    (saved / "config.json").rename(blob)
+    (saved / "config.json").symlink_to(blob)
+    assert not checkpoint.damage(saved)
+    blob.write_bytes(blob.read_bytes()[::-1])
+    assert "config.json is not what was written" in checkpoint.damage(saved)
 
 
 def test_only_checkpoints_of_runs_are_removed_and_never_what_links_lead_to(saved, tmp_path) -> None:
