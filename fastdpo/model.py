@@ -506,6 +506,7 @@ class Policy(nn.Module):
         self.autocast = autocast
         self.noisy = noisy
         self.router_coef = 0.0  # of the routers' auxiliary loss, which is computed where it is not 0
+        self.shares = 0  # parameters that FSDP2 shards
         self.checkpointed: list[Any] = []  # blocks that checkpoint, while `checkpointing` is on
         self.train(model.training)
         self.configs = attention_configs(model)

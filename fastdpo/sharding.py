@@ -92,8 +92,22 @@ def shard(policy: Any, plugin: Any, equalise: Callable[[nn.Module], None], devic
             fully_shard(unit, mesh=mesh, mp_policy=narrow, reshard_after_forward=bool(plugin.reshard_after_forward))
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+    policy.shares = _count_shares(policy)
     policy.register_forward_hook(_reshard_without_gradient)
     logger.info("FSDP2: %d blocks (%s) and what is around them, a share each", len(blocks), kinds)
+
+
+def _count_shares(policy: nn.Module) -> int:
+    return sum(is_sharded(parameter) for parameter in policy.parameters())
+
+
+def check_at_rest(policy: Any) -> None:
+    """Raises RuntimeError where an error has ended an earlier pass: FSDP2 does not go on from there."""
+    if _count_shares(policy) != policy.shares:
+        raise RuntimeError(
+            "an error ended an earlier pass of this model, and FSDP2 does not go on from there: load it and build "
+            "the trainer again; resume_from_checkpoint=True goes on from the last checkpoint"
+        )
 
 
 def _move(unit: nn.Module, device: torch.device) -> None:
@@ -117,14 +131,9 @@ def _move(unit: nn.Module, device: torch.device) -> None:
 def _reshard_without_gradient(policy: Any, inputs: Any, outputs: Any) -> None:
     """No backward comes that would do it, and somebody may look at the parameters, or change them."""
     if not torch.is_grad_enabled():
-        reshard(policy)
-
-
-def reshard(policy: nn.Module) -> None:
-    """What a pass has left whole, with reshard_after_forward=False or where it ended in an error."""
-    for module in policy.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()  # type: ignore[operator]
+        for module in policy.modules():  # with reshard_after_forward=False blocks, too
+            if hasattr(module, "reshard"):
+                module.reshard()
 
 
 def _blocks(model: Any, plugin: FullyShardedDataParallelPlugin) -> list[Any]:

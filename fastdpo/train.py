@@ -61,7 +61,7 @@ from fastdpo.resume import (
     write,
 )
 from fastdpo.retry import Retry, out_of_memory
-from fastdpo.sharding import check_optimizer, reshard, whole
+from fastdpo.sharding import check_at_rest, check_optimizer, whole
 from fastdpo.step import SUMS, PreferenceStep
 from fastdpo.surface import Surface, refuse_overrides
 from fastdpo_kernels.pair_loss import PairLoss
@@ -238,11 +238,11 @@ class DPOTrainer(Surface):
         check_best_metric(args, self._eval_tables, self.loss, self.compute_metrics)
         started = time.time()
         self._start_engine()
-        reshard(self.policy)  # after an error amid a pass
         loader = self.get_train_dataloader()
         steps, epochs = length_of_run(loader, args)
         self.optimizer, self.lr_scheduler = build_optimizer(self.model, args, steps, self._given_optimizers)
         if self.ranks.fsdp is not None:
+            check_at_rest(self.policy)
             check_optimizer(self.optimizer)
         allocate_states(self.optimizer)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.fp16)
