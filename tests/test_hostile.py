@@ -189,7 +189,7 @@ def test_options_of_any_value_are_taken_or_refused_by_their_names(monkeypatch) -
     @cases(0.15, options=st.lists(an_option(), min_size=1, max_size=2).map(dict))
     def run(options) -> None:
         named = {*options, *(VERDICTS[name].instead or name.replace("activation", "gradient") for name in options)}
-        FATES["options " + fate(lambda: DPOConfig(**options), *named, "unknown loss")] += 1
+        FATES["options " + fate(lambda: DPOConfig(**options), *named, "unknown loss", "the loss ")] += 1
 
     run()
 
