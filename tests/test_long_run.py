@@ -120,6 +120,8 @@ def test_a_long_run_holds_no_more_at_its_end_and_is_no_slower(kind, tokenizer, q
         }
     assert growth < 0.02, [reading["bytes"] for reading in every]
     assert slower < SLOWER
-    objects = [reading["objects"] for reading in every[WARM:]]  # of a stream they come and go with its buffer
+    # A few hundred come and go with buffers and with what data workers have ahead, at other steps each time; one a log
+    # line stays. So the long form sees one that is left a step, the short form five.
+    objects = [reading["objects"] for reading in every[WARM:]]
     half = len(objects) // 2
-    assert min(objects[half:]) - min(objects[:half]) < STEPS / 8, objects  # one a log line stays
+    assert min(objects[half:]) - max(objects[:half]) < STEPS / 8, objects

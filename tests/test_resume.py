@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,9 @@ class SendAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("number, ends", [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_saves_after_the_step_and_ends_the_run(number, ends, rows, tokenizer, quick) -> None:
+def test_a_signal_saves_after_the_step_and_ends_the_run(number, ends, rows, tokenizer, quick, request) -> None:
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL  # a shell's `&` ignores SIGINT
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, usual)))
     before = signal.getsignal(number)
     stopped = trainer(rows, tokenizer, quick, callbacks=[SendAt(number, 1)])
     with pytest.raises(ends):
