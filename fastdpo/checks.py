@@ -14,17 +14,10 @@ from torch import nn
 from fastdpo.attention_backends import check_asked
 from fastdpo.config import DPOConfig
 from fastdpo.head import output_head
+from fastdpo.loading import check_model, compute_dtype, load_model_config, model_kind, refuse_load_options
 from fastdpo.losses import find_loss, pairwise_loss, sees_reference
 from fastdpo.meta import add_meta_adapters, meta_model
-from fastdpo.model import (
-    base_model,
-    check_model,
-    compute_dtype,
-    load_model_config,
-    model_kind,
-    refuse_adapters,
-    refuse_load_options,
-)
+from fastdpo.model import base_model, refuse_adapters
 from fastdpo.quantized import quantization, quantized_by, refuse_initialisation
 
 logger = logging.getLogger(__name__)

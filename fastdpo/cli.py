@@ -156,8 +156,8 @@ def _plan(inputs: argparse.Namespace, options: dict[str, Any]) -> int:
 
     from fastdpo import build, memory
     from fastdpo.config import DPOConfig
+    from fastdpo.loading import check_model, load_model_config
     from fastdpo.messages import show_messages
-    from fastdpo.model import check_model, load_model_config
     from fastdpo_kernels import launch
 
     show_messages()

@@ -31,15 +31,10 @@ from fastdpo.attention_backends import Facts, choose, device_facts
 from fastdpo.config import DPOConfig
 from fastdpo.data import ID_COLUMNS, TokenPair, list_lengths
 from fastdpo.head import output_head
+from fastdpo.loading import load_dtype, model_kind
 from fastdpo.losses import pairwise_loss, sees_reference
 from fastdpo.meta import meta_model, meta_policy
-from fastdpo.model import (
-    Policy,
-    base_model,
-    checkpoints_already,
-    load_dtype,
-    model_kind,
-)
+from fastdpo.model import Policy, base_model, checkpoints_already
 from fastdpo.quantized import quantized_by, quantized_scales
 from fastdpo.ranks import BUCKET_BYTES, Ranks
 from fastdpo.rows import IMAGE_COLUMNS

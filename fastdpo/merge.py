@@ -16,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from fastdpo.checkpoint import load_outside
 from fastdpo.config import DPOConfig
-from fastdpo.model import check_model, load_model, model_kind
+from fastdpo.loading import check_model, load_model, model_kind
 from fastdpo.quantized import quantized_by
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from torch import nn
 from transformers.quantizers import AutoHfQuantizer
 
 from fastdpo.config import DPOConfig
-from fastdpo.model import AUTO_CLASSES, Policy, add_adapters, compute_dtype, load_dtype, model_kind, prepare_precision
+from fastdpo.loading import AUTO_CLASSES, compute_dtype, load_dtype, model_kind
+from fastdpo.model import Policy, add_adapters, prepare_precision
 from fastdpo.quantized import is_quantized, quantization
 
 

@@ -35,6 +35,7 @@ from fastdpo.batch import OptimizerBatch, PreferenceBatch, Share
 from fastdpo.compiled import compiled_blocks
 from fastdpo.config import DPOConfig
 from fastdpo.data import text_part
+from fastdpo.describe import build_report, facts_of
 from fastdpo.evaluation import check_best_metric
 from fastdpo.generate import Sampler
 from fastdpo.hub import Repository
@@ -190,10 +191,12 @@ class DPOTrainer(Surface):
             if freed:
                 args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
                 plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks, shapes)
-            facts = build.describe(self.policy, self.layout, self.reference, fused, args, self.ranks)
+            facts = list(facts_of(self.policy, self.layout, self.reference, fused, args, self.ranks))
+            for fact in facts:
+                logger.info("%s: %s", *fact)
         if args.report_html and self.ranks.is_main:
             run = self.policy, tables, self.reference, facts, plan, args, self.ranks, began
-            self.callback_handler.add_callback(build.build_report(*run))
+            self.callback_handler.add_callback(build_report(*run))
         self.sampler = Sampler(self.policy, self.reference, text_part(self.processing_class), args)
         if args.generate_during_eval:
             self.sampler.check(self._eval_tables)

@@ -9,9 +9,17 @@ from typing import Any
 import fsdp_program
 import pytest
 import torch
-from conftest import draw_no_picture, tiny_llama
+from conftest import tiny_llama
 from ranks_program import RESUMED, SCENARIOS, summary, trainer_of
-from test_ranks import PROCESSES, TESTS, assert_same, launch
+from test_ranks import (
+    PROCESSES,
+    TESTS,
+    assert_same,
+    assert_that_the_bad_step_moved_nothing,
+    ends_alone,
+    ends_of,
+    launch,
+)
 
 import fastdpo
 from fastdpo.sharding import asked_plugin
@@ -28,7 +36,7 @@ COMPARED = (
 OF_TWO = ("sampled", "running_mean", "token_mean", "padded", "stream", "asked_by_one", "norms_beside_adapters")
 OF_TWO += ("resized_embeddings", "fused", "weights_that_differ_at_first")
 OF_TWO += ("read_by_one",)
-OTHERS = ("half", "continued", "gathers", "shares", "refused")
+OTHERS = ("a_row_that_is_not_finite", "half", "continued", "gathers", "shares", "refused")
 ALL = SCENARIOS | fsdp_program.SCENARIOS
 
 
@@ -43,32 +51,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Callable[[str, int], list[dict[str, Any]]]:
-    started: dict[int, Path] = {}
+    more = {**LAUNCHED, "FASTDPO_TEST_CHECKPOINT": str(checkpoint)}
 
-    def of(name: str, count: int) -> list[dict[str, Any]]:
-        if count not in started:
-            started[count] = tmp_path_factory.mktemp(f"of{count}")
-            more = {**LAUNCHED, "FASTDPO_TEST_CHECKPOINT": str(checkpoint)}
-            names = [name for name in (*COMPARED, *OTHERS) if count == 2 or name not in OF_TWO]
-            launch(count, str(TESTS / "fsdp_program.py"), str(started[count]), *names, **more)
-        return [torch.load(started[count] / f"{name}-{rank}.pt", weights_only=True) for rank in range(count)]
+    def start(count: int, out: Path) -> None:
+        names = [name for name in (*COMPARED, *OTHERS) if count == 2 or name not in OF_TWO]
+        launch(count, str(TESTS / "fsdp_program.py"), str(out), *names, **more)
 
-    return of
+    return ends_of(tmp_path_factory, start)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
-    known: dict[str, dict[str, Any]] = {}
-
-    def of(name: str) -> dict[str, Any]:
-        if name not in known:
-            torch.manual_seed(0)
-            with pytest.MonkeyPatch.context() as patch:
-                draw_no_picture(patch)
-                known[name] = ALL[name](tmp_path_factory.mktemp("alone"), 1)
-        return known[name]
-
-    return of
+    return ends_alone(tmp_path_factory, ALL)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +72,11 @@ def test_the_log_and_the_weights_are_those_of_one_process(name: str, count: int,
     for ours in found(name, count):
         assert ours["gradients"] == ["DTensor"]
         assert_same(ours, alone(name))
+
+
+@pytest.mark.parametrize("count", PROCESSES)
+def test_a_step_that_is_not_finite_is_skipped_by_all(count: int, found: Any, alone: Any) -> None:
+    assert_that_the_bad_step_moved_nothing(found("a_row_that_is_not_finite", count), alone("a_row_that_is_not_finite"))
 
 
 @pytest.mark.parametrize("count", PROCESSES)

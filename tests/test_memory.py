@@ -25,9 +25,10 @@ from fastdpo.config import DPOConfig
 from fastdpo.data import TokenPair
 from fastdpo.head import output_head
 from fastdpo.layout import Layout
+from fastdpo.loading import load_model_config
 from fastdpo.memory import GiB, MiB, PairLengths, Plan, optimizer_bytes, plan_memory, tensor_bytes
 from fastdpo.meta import meta_policy
-from fastdpo.model import Policy, base_model, checkpointing, load_model_config, without_dropout
+from fastdpo.model import Policy, base_model, checkpointing, without_dropout
 from fastdpo.optimizer import build_optimizer
 from fastdpo.patching import patched
 from fastdpo.ranks import BUCKET_BYTES, Ranks

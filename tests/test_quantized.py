@@ -29,7 +29,8 @@ import fastdpo
 from fastdpo.config import DPOConfig
 from fastdpo.identity import model_identity
 from fastdpo.layout import find_layout
-from fastdpo.model import Policy, load_model
+from fastdpo.loading import load_model
+from fastdpo.model import Policy
 from fastdpo.patching import is_patched
 from fastdpo.quantized import is_quantized, keep_unpacked, misread_layers, weights_report, without_outliers
 from fastdpo_kernels import nf4

@@ -8,7 +8,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,44 @@ TESTS = Path(__file__).parent
 PROCESSES = (2, 3)
 # not what one process does
 OF_THEIR_OWN = ("noisy", "a_pair_that_never_fits", "gradients_that_only_some_have", "rows_that_differ")
-OF_THEIR_OWN += (
-    "evaluated_by_one",
-    "a_row_that_is_not_finite",
-)
+OF_THEIR_OWN += ("evaluated_by_one", "a_row_that_is_not_finite")
 COMPARED = [name for name in SCENARIOS if name not in OF_THEIR_OWN]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], list[dict[str, Any]]]:
     """-> what each process of so many ended a scenario with; they are started once for all scenarios."""
-    started: dict[int, Path] = {}
-
-    def of(name: str, count: int) -> list[dict[str, Any]]:
-        if count not in started:
-            started[count] = tmp_path_factory.mktemp(f"of{count}")
-            launch(count, str(TESTS / "ranks_program.py"), str(started[count]), *SCENARIOS)
-        return [torch.load(started[count] / f"{name}-{rank}.pt", weights_only=True) for rank in range(count)]
-
-    return of
+    program = str(TESTS / "ranks_program.py")
+    return ends_of(tmp_path_factory, lambda count, out: launch(count, program, str(out), *SCENARIOS))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """-> what one process ends a scenario with."""
-    known: dict[str, dict[str, Any]] = {}
+    return ends_alone(tmp_path_factory, SCENARIOS)
 
+
+def ends_of(
+    folders: pytest.TempPathFactory, start: Callable[[int, Path], object]
+) -> Callable[[str, int], list[dict[str, Any]]]:
+    started: dict[int, Path] = {}
+
+    def of(name: str, count: int) -> list[dict[str, Any]]:
+        if count not in started:
+            started[count] = folders.mktemp(f"of{count}")
+            start(count, started[count])
+        return [torch.load(started[count] / f"{name}-{rank}.pt", weights_only=True) for rank in range(count)]
+
+    return of
+
+
+def ends_alone(folders: pytest.TempPathFactory, scenarios: Mapping[str, Callable]) -> Callable[[str], dict[str, Any]]:
+    @cache
     def of(name: str) -> dict[str, Any]:
-        if name not in known:
-            torch.manual_seed(0)
-            with pytest.MonkeyPatch.context() as patch:
-                draw_no_picture(patch)
-                known[name] = SCENARIOS[name](tmp_path_factory.mktemp("alone"), 1)
-        return known[name]
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            draw_no_picture(patch)
+            return scenarios[name](folders.mktemp("alone"), 1)
 
     return of
 
@@ -76,6 +82,22 @@ def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
     for name, value in expected["weights"].items():
         assert (ours["weights"][name] - value).norm() <= 1e-5 * value.norm(), name
+
+
+def assert_that_the_bad_step_moved_nothing(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """Of `a_row_that_is_not_finite`, in processes and in one."""
+    first = results[0]
+    for result in results:
+        assert "step 2: the loss is not finite" in result["error"] and "loss of row 15 of" in result["error"]
+        assert [row.get("train_skipped_steps") for row in result["log"]] == [None, 2]
+        for weights in ("weights", "ended"):
+            for name, value in expected[weights].items():
+                ours, known = result[weights][name], value.isfinite()
+                assert (ours[known] - value[known]).norm() <= 1e-5 * value[known].norm(), name
+                assert torch.equal(ours.nan_to_num(), first[weights][name].nan_to_num())
+        rows = [json.loads(line) for line in result["rows"].splitlines()]
+        assert sorted(row["row"] for row in rows) == list(range(12, 24))
+        assert {row["process"] for row in rows} == set(range(len(results)))
 
 
 @pytest.mark.parametrize("count", PROCESSES)
@@ -138,18 +160,7 @@ def test_processes_compute_the_reference_ahead_together(count: int, found: Any, 
 def test_a_row_of_one_process_that_is_not_finite_skips_the_step_of_all_or_ends_them(
     count: int, found: Any, alone: Any
 ) -> None:
-    expected, (first, *others) = alone("a_row_that_is_not_finite"), found("a_row_that_is_not_finite", count)
-    for result in (first, *others):
-        assert "step 2: the loss is not finite" in result["error"] and "loss of row 15 of" in result["error"]
-        assert [row.get("train_skipped_steps") for row in result["log"]] == [None, 2]
-        for weights in ("weights", "ended"):
-            for name, value in expected[weights].items():
-                ours, known = result[weights][name], value.isfinite()
-                assert (ours[known] - value[known]).norm() <= 1e-5 * value[known].norm(), name
-                assert torch.equal(ours.nan_to_num(), first[weights][name].nan_to_num())
-        rows = [json.loads(line) for line in result["rows"].splitlines()]
-        assert sorted(row["row"] for row in rows) == list(range(12, 24))
-        assert {row["process"] for row in rows} == set(range(count))
+    assert_that_the_bad_step_moved_nothing(found("a_row_that_is_not_finite", count), alone("a_row_that_is_not_finite"))
 
 
 @pytest.mark.parametrize("count", PROCESSES)

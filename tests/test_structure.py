@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "projections": set(),
     "first_use": {"projections", "quantized"},
     "patching": {"architectures", "first_use", "messages", "projections", "quantized"},
-    "meta": {"config", "model", "quantized"},
+    "loading": {"config", "model", "quantized"},
+    "meta": {"config", "loading", "model", "quantized"},
     "logps": {"first_use", "head", "model", "patching", "quantized"},
     "quantized": {"config", "verdicts"},
     "offload": set(),
@@ -65,7 +66,7 @@ MAY_IMPORT = {
             "quantized",
             "ranks",
         ),
-        *("rows", "sharding"),
+        *("loading", "rows", "sharding"),
     },
     "reference_cache": {
         *("batch", "config", "data", "identity", "images", "layout", "loader", "ranks", "reference", "retry"),
@@ -74,8 +75,8 @@ MAY_IMPORT = {
     "step": {"batch", "losses", "model", "ranks"},
     "metrics": {"ranks", "step"},
     "checkpoint": {"model", "reference", "sharding"},
-    "checks": {"attention_backends", "config", "head", "losses", "meta", "model", "quantized"},
-    "merge": {"checkpoint", "config", "model", "quantized"},
+    "checks": {"attention_backends", "config", "head", "loading", "losses", "meta", "model", "quantized"},
+    "merge": {"checkpoint", "config", "loading", "model", "quantized"},
     "messages": set(),
     "trackers": set(),
     "faults": {"checkpoint"},
@@ -98,6 +99,10 @@ MAY_IMPORT = {
     },
     "optimizer": {"config"},
     "report": {"card", "config", "memory", "messages", "reference", "verdicts"},
+    "describe": {
+        *("attention", "checks", "config", "layout", "loader", "memory", "model", "patching", "quantized", "ranks"),
+        *("reference", "report"),
+    },
 }
 
 
