@@ -1,9 +1,9 @@
 """Packed prefix attention: what a transformers attention layer calls while fastdpo runs a packed batch.
 
 A packed row has two segments a pair, prompt + chosen and rejected; the second one's queries see the prompt's keys too,
-gathered once for the row. Inside a segment the mask is causal with the last query on the last key, so row i of the
-rejected response sees the prompt and i + 1 of its own tokens. Rotary embeddings are applied before, from the batch's
-position ids.
+gathered once for the row, as does any sequence those of what it begins alike with. Inside a segment the mask is causal
+with the last query on the last key, so row i of the rejected response sees the prompt and i + 1 of its own tokens.
+Rotary embeddings are applied before, from the batch's position ids.
 
 The function is registered with transformers under a name of its own and set on a model's configs only inside
 `packed_attention`, which restores them on exit and on exceptions: generation and callbacks see the model as it was
@@ -93,8 +93,8 @@ def prefix_attention(
 
 def _gathered(tensor: Tensor, segments: Segments) -> Tensor:
     """(1, Hkv, K, d): what belongs to a prompt stands there twice, and its gradient is the sum of two."""
-    if tensor.is_cuda:
-        return tensor.index_select(2, segments.key_index)  # indexing would sort in the backward
+    if tensor.is_cuda and not segments.crowded:  # two in any order: the same sum, which indexing would sort for
+        return tensor.index_select(2, segments.key_index)
     return tensor[:, :, segments.key_index]  # index_add goes row by row on a CPU
 
 

@@ -7,6 +7,10 @@ and to themselves, and their positions restart at the prompt's end:
     tokens      p0 p1 p2 | c0 c1 | r0 r1 r2        queries of segment A: p, c    keys: p, c
     positions    0  1  2 |  3  4 |  3  4  5        queries of segment B: r       keys: p, r (gathered)
 
+`shared`, whatever else two sequences of a micro-batch begin alike with is computed once, too: a system prompt, the
+prompt of several pairs, the first words of both responses. A sequence then has as its queries what no sequence before
+it had, and as its keys all of itself.
+
 Padded, for models that cannot: one sequence a row, chosen and rejected interleaved, right-padded. Either way
 `logit_rows` names the hidden rows that predict a response token, so prompt rows never reach the LM head, and `targets`
 and `cu_seqlens` are the same.
@@ -16,6 +20,7 @@ Legend: P pairs, T tokens in a row, R rows (1 packed, 2P padded), N scored token
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
@@ -65,6 +70,8 @@ class Segments(_TensorFields):
     cu_keys: Tensor  # (S + 1,) int32
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]  # (P,)
+    crowded: bool = False  # some token is in more than two sequences
     masks: dict[tuple, Tensor] = field(default_factory=dict, compare=False, repr=False)  # by attention_backends
 
 
@@ -118,34 +125,38 @@ class OptimizerBatch:
         return replace(self, microbatches=[batch.to(device, non_blocking) for batch in self.microbatches])
 
 
-def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
-    """Pairs end to end in one row, each prompt once."""
+def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), shared: bool = False) -> PreferenceBatch:
+    """Pairs end to end in one row, each prompt once; `shared`, each token once that sequences begin alike with."""
     ids: list[int] = []
     positions: list[int] = []
     key_index: list[int] = []
     logit_rows: list[int] = []
     query_lengths: list[int] = []
     key_lengths: list[int] = []
+    known = _Prefixes()
     for pair in pairs:
-        prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        start = len(ids)
-        fork, end = start + prompt + chosen, start + prompt + chosen + rejected
-        ids += [*pair.prompt, *pair.chosen, *pair.rejected]
-        positions += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
-        query_lengths += [prompt + chosen, rejected]
-        key_lengths += [prompt + chosen, prompt + rejected]
-        key_index += [*range(start, fork), *range(start, start + prompt), *range(fork, end)]
-        # the last prompt token predicts the first token of both responses
-        last_prompt = [start + prompt - 1] if prompt else []
-        unscored = [max(count - (not prompt), 0) for count in (pair.chosen_from, pair.rejected_from)]
-        logit_rows += [*last_prompt, *range(start + prompt, fork - 1)][unscored[0] :]
-        logit_rows += [*last_prompt, *range(fork, end - 1)][unscored[1] :]
+        rows: list[int] = []
+        for response, first in ((pair.chosen, pair.chosen_from), (pair.rejected, pair.rejected_from)):
+            tokens = [*pair.prompt, *response]
+            begun = known.rows(tokens) if shared else rows[: len(pair.prompt)]
+            fresh = tokens[len(begun) :]
+            rows = [*begun, *range(len(ids), len(ids) + len(fresh))]
+            known.add(tokens, rows)
+            ids += fresh
+            positions += range(len(begun), len(tokens))
+            key_index += rows
+            query_lengths.append(len(fresh))
+            key_lengths.append(len(rows))
+            logit_rows += rows[max(len(pair.prompt) + first, 1) - 1 : -1]  # both first tokens by the prompt's last one
+    index = torch.tensor(key_index, dtype=torch.int64)
     segments = Segments(
-        torch.tensor(key_index, dtype=torch.int64),
+        index,
         _offsets(query_lengths),
         _offsets(key_lengths),
         tuple(query_lengths),
         tuple(key_lengths),
+        tuple(len(pair.prompt) for pair in pairs),
+        crowded=shared and bool((index.bincount() > 2).any()),
     )
     return PreferenceBatch(
         torch.tensor([ids], dtype=torch.int64),
@@ -154,6 +165,30 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
         segments,
         torch.tensor(logit_rows, dtype=torch.int64),
         **_scored(pairs, keys),
+    )
+
+
+class _Prefixes:
+    """Sequences in order: of all that are known, a new one begins like one of its two neighbours for longest."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[list[int], list[int]]] = []  # tokens and their rows
+
+    def rows(self, tokens: list[int]) -> list[int]:
+        """Of the longest beginning that a known sequence has; never of all, as a segment has queries."""
+        place = bisect(self._known, (tokens,))
+        neighbours = self._known[max(place - 1, 0) : place + 1]
+        return max((rows[: _alike(known, tokens[:-1])] for known, rows in neighbours), key=len, default=[])
+
+    def add(self, tokens: list[int], rows: list[int]) -> None:
+        self._known.insert(bisect(self._known, (tokens,)), (tokens, rows))
+
+
+def _alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin alike with."""
+    return next(
+        (place for place, (one, other) in enumerate(zip(first, second, strict=False)) if one != other),
+        min(len(first), len(second)),
     )
 
 
@@ -293,15 +328,13 @@ def pairs_of(batch: PreferenceBatch) -> list[Any]:
         return _encoded_pairs(batch)
     if batch.segments is None:
         return _padded_pairs(batch)
-    ids = batch.input_ids[0].tolist()
-    pairs, start, scored = [], 0, batch.cu_seqlens.diff().tolist()
-    queries, keys = batch.segments.query_lengths, batch.segments.key_lengths
-    for both, rejected, seen, *counts in zip(
-        queries[::2], queries[1::2], keys[1::2], scored[::2], scored[1::2], strict=True
+    segments, pairs = batch.segments, []
+    sequences = [rows.tolist() for rows in batch.input_ids[0, segments.key_index].split(segments.key_lengths)]
+    scored = batch.cu_seqlens.diff().tolist()
+    for prompt, chosen, rejected, *counts in zip(
+        segments.prompt_lengths, sequences[::2], sequences[1::2], scored[::2], scored[1::2], strict=True
     ):
-        prompt, fork, end = start + seen - rejected, start + both, start + both + rejected
-        pairs.append(_tokens(ids[start:prompt], ids[prompt:fork], ids[fork:end], counts))
-        start = end
+        pairs.append(_tokens(chosen[:prompt], chosen[prompt:], rejected[prompt:], counts))
     return pairs
 
 
@@ -327,8 +360,7 @@ def _padded_pairs(batch: PreferenceBatch) -> list[Tokens]:
     pairs = []
     for chosen, rejected, *counts in zip(rows[::2], rows[1::2], scored[::2], scored[1::2], strict=True):
         unscored = min(len(chosen) - counts[0], len(rejected) - counts[1])
-        shared = zip(chosen[:unscored], rejected[:unscored], strict=True)
-        prompt = next((place for place, (one, other) in enumerate(shared) if one != other), unscored)
+        prompt = _alike(chosen[:unscored], rejected[:unscored])
         pairs.append(_tokens(chosen[:prompt], chosen[prompt:], rejected[prompt:], counts))
     return pairs
 

@@ -258,11 +258,14 @@ def common_layout(
     policy: Policy,
     ref_policy: Policy | None,
     processing_class: Any,
-    padding_value: int | None = None,
+    config: DPOConfig,
     tables: Collection[Table | None] = (),
 ) -> Layout:
-    """Packed where both models can, since they see the same batches; `tables` are those of the run."""
-    rows = input_embedding(policy.model).weight.shape[0]
+    """Packed where both models can, since they see the same batches; `tables` are those of the run.
+
+    Pairs share what they begin alike with, unless dropout or noise is to be a pair's own.
+    """
+    rows, padding_value = input_embedding(policy.model).weight.shape[0], config.padding_value
     if padding_value is not None and padding_value >= rows:
         raise ValueError(f"padding_value={padding_value}, and the model's embedding has {rows} rows: give one of them")
     padding = text_part(processing_class).pad_token_id if padding_value is None else padding_value
@@ -272,11 +275,12 @@ def common_layout(
         processing = Processing(processing_class)
         if not shown and any(table is not None for table in tables) and not processing.prefixes:
             processing = None  # text alone, which may be packed
-    layout = find_layout(policy, padding, processing, shown)
+    shared = config.disable_dropout and config.neftune_noise_alpha is None
+    layout = replace(find_layout(policy, padding, processing, shown), shared=shared)
     if ref_policy is None or not layout.packed:
         return layout
     other = find_layout(ref_policy, padding)
-    return other if other.packed else replace(other, reason=f"ref_model: {other.reason}")
+    return layout if other.packed else replace(other, reason=f"ref_model: {other.reason}")
 
 
 def _pairs_with_images(tables: Iterable[Table | None]) -> list[TokenPair]:
@@ -403,7 +407,7 @@ def compute_reference(
     shard_policies([policy], tables, config, ranks)
     tables = check_fit(policy, None, tables, tokenizer, config)
     with fused_blocks([policy], config):
-        layout = common_layout(policy, None, tokenizer, config.padding_value, tables.values())
+        layout = common_layout(policy, None, tokenizer, config, tables.values())
         reference = Reference(policy, nullcontext, f"{source} alone", True, config.ld_alpha)
         reference.ranks = ranks
         remember(reference, tables, layout, config, source, ranks)

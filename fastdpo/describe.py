@@ -56,7 +56,8 @@ def facts_of(
         if ranks.fsdp is not None:
             how = "a share of each weight (FSDP2); gradients are summed with each micro-batch's backward"
         yield "processes", f"{ranks.count}, each with {how}"
-    yield "layout", f"{'packed, prompts shared' if layout.packed else 'padded'} ({layout.reason})"
+    sharing = "prompts and other beginnings shared" if layout.shared else "prompts shared"
+    yield "layout", f"{f'packed, {sharing}' if layout.packed else 'padded'} ({layout.reason})"
     yield "reference", reference.description
     if policy.router_coef:
         yield "routers", f"{policy.router_coef:g} times their auxiliary loss is added, of each micro-batch"

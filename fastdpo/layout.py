@@ -47,6 +47,7 @@ class Layout:
     pad_token_id: int = 0
     attention: tuple[Facts, ...] = ()  # packed: what the backend of each kind of layer is chosen by, in the run's dtype
     make: Collation | None = None  # of models that take neither
+    shared: bool = False  # packed: pairs share what they begin alike with
 
     def collate(self, pairs: Sequence[TokenPair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
         if self.make is not None:
@@ -56,7 +57,7 @@ class Layout:
                 "the trainer was built with rows of text alone, and these show images: give it a train_dataset or an "
                 "eval_dataset that has some"
             )
-        return pack(pairs, keys) if self.packed else pad(pairs, keys, self.pad_token_id)
+        return pack(pairs, keys, self.shared) if self.packed else pad(pairs, keys, self.pad_token_id)
 
     def empty(self) -> PreferenceBatch:
         """Without pairs, for a process that takes part in what others do."""
@@ -140,15 +141,17 @@ def _try_layouts(
     if policy.asked_attention not in PACKABLE:
         return f"attn_implementation={policy.asked_attention!r} takes padded batches only", ()
     with packed_calls() as calls:
-        reason = _why_not_packed(policy, pack(pairs), expected, min(tolerance, max(4 * noise, tolerance / 4)), calls)
+        packed = pack(pairs, shared=True)
+        reason = _why_not_packed(policy, packed, expected, min(tolerance, max(4 * noise, tolerance / 4)), calls)
     return reason, tuple(dict.fromkeys(calls.facts))
 
 
 def probe_pairs(vocabulary: int) -> list[TokenPair]:
-    """Two small pairs: ragged, one of them with a one-token response."""
+    """Two small pairs: ragged, one of them with a one-token response, and alike in two tokens."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(min(3, vocabulary - 1), vocabulary, (count,), generator=generator).tolist()  # noqa: E731
-    return [TokenPair(draw(5), draw(4), draw(3)), TokenPair(draw(3), draw(1), draw(6))]
+    first = TokenPair(draw(5), draw(4), draw(3))
+    return [first, TokenPair([*first.prompt[:2], *draw(1)], draw(1), draw(6))]
 
 
 def _sequence(pair: TokenPair, make: Collation | None) -> dict[str, Tensor]:

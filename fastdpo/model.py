@@ -362,7 +362,10 @@ def _decoded(model: PreTrainedModel, batch: PreferenceBatch) -> Any:
 
 
 def _scored_rows(outputs: Any, batch: PreferenceBatch) -> Tensor:
-    return outputs.last_hidden_state.flatten(0, 1).index_select(0, batch.logit_rows)
+    hidden = outputs.last_hidden_state.flatten(0, 1)
+    if batch.segments is not None and batch.segments.crowded:
+        return hidden[batch.logit_rows]  # sorts in the backward, so that sums of more than two repeat
+    return hidden.index_select(0, batch.logit_rows)
 
 
 @contextmanager

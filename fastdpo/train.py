@@ -165,7 +165,7 @@ class DPOTrainer(Surface):
             self.data_collator, self.collator = data_collator, build.build_collator(data_collator, self.policy, args)
             self.compute_metrics, self.preprocess_logits_for_metrics = compute_metrics, preprocess_logits_for_metrics
             every = [self.train_dataset, *tables.values()]
-            self.layout = build.common_layout(self.policy, ref_policy, self.processing_class, args.padding_value, every)
+            self.layout = build.common_layout(self.policy, ref_policy, self.processing_class, args, every)
             self.reference = build.build_reference(self.policy, ref_policy, self.layout, args, self.ranks, copied)
             self.loss = pairwise_loss(args)
             self.mean_reward = build.build_mean_reward(self.loss, args)

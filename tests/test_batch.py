@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,17 @@ from fastdpo.data import TokenPair
 from fastdpo.model import Policy
 
 PAIRS = [TokenPair([10, 11, 12], [20, 21], [30, 31, 32]), TokenPair([13], [22], [33, 34])]
-LAYOUTS: list[Callable[..., PreferenceBatch]] = [pack, pad]
+shared = partial(pack, shared=True)
+LAYOUTS: list[Any] = [pack, pad, pytest.param(shared, id="shared")]
+# One system prompt; a prompt with two pairs and one chosen response; responses that begin alike; a response that begins
+# another; a pair twice; no prompt.
+ALIKE = [
+    TokenPair([9, 8, 7, 11, 12], [20, 21, 22], [20, 21, 30]),
+    TokenPair([9, 8, 7, 11, 12], [20, 21, 22], [40]),
+    TokenPair([9, 8, 7, 13], [20], [20, 50, 51]),
+    TokenPair([9, 8, 7, 13], [20], [20, 50, 51]),
+    TokenPair([], [9, 8, 60], [9, 61]),
+]
 
 
 def scored_weights(pairs: Sequence[TokenPair]) -> dict[bytes, tuple[Tensor, Tensor]]:
@@ -61,6 +73,18 @@ def test_packed_pairs_stand_end_to_end_with_the_prompt_once_and_restarting_posit
     assert batch.segments.cu_queries.tolist() == [0, 5, 8, 10, 12]
     assert batch.segments.cu_keys.tolist() == [0, 5, 11, 13, 16]
     assert batch.logit_rows.tolist() == [2, 3, 2, 5, 6, 8, 8, 10]
+
+
+def test_shared_tokens_stand_once_and_every_sequence_has_all_of_its_own_as_keys() -> None:
+    batch = shared(ALIKE)
+    assert batch.input_ids.tolist() == [[9, 8, 7, 11, 12, 20, 21, 22, 30, 22, 40, 13, 20, 50, 51, 20, 51, 60, 61]]
+    assert batch.position_ids is not None and batch.segments is not None and batch.segments.crowded
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 5, 3, 4, 5, 6, 4, 6, 2, 1]]
+    assert batch.segments.query_lengths == (8, 1, 1, 1, 2, 2, 1, 1, 1, 1)
+    sequences = [[*pair.prompt, *response] for pair in ALIKE for response in (pair.chosen, pair.rejected)]
+    gathered = batch.input_ids[0, batch.segments.key_index].split(batch.segments.key_lengths)
+    assert [keys.tolist() for keys in gathered] == sequences
+    assert not shared(ALIKE[:1]).segments.crowded and pack(ALIKE).segments.crowded is False  # type: ignore[union-attr]
 
 
 def test_padded_pairs_stand_a_sequence_a_row_with_the_padding_masked() -> None:
@@ -140,6 +164,7 @@ def test_even_groups_that_would_not_fit_stay_as_first_fit_left_them() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_pairs_of_a_batch_make_that_batch_again(layout: Callable[..., PreferenceBatch]) -> None:
     pairs = [*RAGGED, *random_pairs((0, 4, 4), (1, 1, 2), (0, 2, 1), seed=1)]
+    pairs += ALIKE if layout is shared else []
     batch = layout(pairs)
     again = layout(pairs_of(batch))
     for name, value in vars(batch).items():
@@ -166,6 +191,19 @@ def test_any_split_into_microbatches_gives_the_same_summed_gradients(
         groupings.append([indices[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
     for groups in groupings:
         assert gradient_error(summed_gradients(policy, pairs, groups, layout), expected) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt2", "mistral-window"])
+def test_sharing_what_sequences_begin_alike_with_leaves_logps_and_gradients(family: str) -> None:
+    policy = Policy(tiny_model(family)).eval()
+    draw = random.Random(3)
+    pairs = [*ALIKE, *RAGGED, *(TokenPair([9, 8, *pair.prompt], pair.rejected, pair.chosen) for pair in RAGGED)]
+    expected = policy(pack(pairs))[0]
+    torch.testing.assert_close(policy(shared(pairs))[0], expected, rtol=1e-5, atol=1e-5)
+    order = draw.sample(range(len(pairs)), len(pairs))
+    everyone = summed_gradients(policy, pairs, [range(len(pairs))], pack)
+    assert gradient_error(summed_gradients(policy, pairs, [order], shared), everyone) < 1e-5
+    assert shared(pairs).input_ids.numel() < pack(pairs).input_ids.numel() - 20
 
 
 # Pairs and one another

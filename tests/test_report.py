@@ -124,7 +124,7 @@ def test_what_ran_the_options_that_were_set_and_the_runs_own_warnings_are_there(
     logging.getLogger("fastdpo.retry").warning("memory ran out: %d tokens", 77)
     trainer.train()
     page = page_of(options)
-    assert "packed, prompts shared" in page.words and "train: 18 pairs" in page.words
+    assert "packed, prompts and other beginnings shared" in page.words and "train: 18 pairs" in page.words
     assert "reference remembers18 rows" in page.words
     assert 'loss_type["ipo"]' in page.words and "ipo" in page.words.split("at their defaults")[0]
     assert "memory ran out: 77 tokens" in page.words and "of another run" not in page.words

@@ -248,6 +248,37 @@ def test_the_same_seed_gives_bitwise_the_same_run_and_workers_change_nothing(row
         assert all(torch.equal(value, other[name]) for name, value in runs[0][0].items())
 
 
+def test_rows_that_begin_alike_train_as_if_each_were_alone_in_fewer_tokens(rows, tokenizer, quick, monkeypatch) -> None:
+    rows = [
+        {
+            "prompt": "Answer as a friend would, in one sentence. " + row["prompt"],
+            "chosen": row["chosen"],
+            "rejected": row["chosen"] + row["rejected"],
+        }
+        for row in rows
+    ]
+    runs, tokens, passes = [], [], Policy.forward
+
+    def noted(self: Policy, batch: Any, *more: Any, **options: Any) -> Any:
+        tokens.append(0 if batch is None else batch.input_ids.numel())
+        return passes(self, batch, *more, **options)
+
+    monkeypatch.setattr(Policy, "forward", noted)
+    for more in ({}, {"disable_dropout": False}):  # dropout, of which this model has none, is each pair's own
+        tokens.clear()
+        out = fastdpo.train(
+            tiny_llama(),
+            rows,
+            processing_class=tokenizer,
+            **quick | {"max_tokens_per_microbatch": 2000, "logging_steps": 1} | more,
+        )
+        runs.append(([line["loss"] for line in out.history[:-1]], state(out.model), sum(tokens)))
+    (losses, weights, fewer), (expected, other, all_of_them) = runs
+    assert losses == pytest.approx(expected, rel=1e-5) and losses[-1] != pytest.approx(losses[0], rel=1e-3)
+    assert all(torch.allclose(value, other[name], rtol=1e-3, atol=1e-6) for name, value in weights.items())
+    assert fewer < 0.6 * all_of_them
+
+
 def test_a_metric_that_no_evaluation_gives_is_refused_before_a_model_loads(rows, tokenizer, quick, monkeypatch) -> None:
     monkeypatch.setattr("fastdpo.build.build_policy", None)
     config = fastdpo.DPOConfig(**quick | {"eval_strategy": "steps", "metric_for_best_model": "rewards/margin"})
