@@ -71,6 +71,7 @@ class Segments(_TensorFields):
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]  # (P,)
+    scored: Tensor  # int64, the rows among `logit_rows`, each once
     crowded: bool = False  # some token is in more than two sequences
     masks: dict[tuple, Tensor] = field(default_factory=dict, compare=False, repr=False)  # by attention_backends
 
@@ -148,7 +149,7 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), shared: bool = False
             query_lengths.append(len(fresh))
             key_lengths.append(len(rows))
             logit_rows += rows[max(len(pair.prompt) + first, 1) - 1 : -1]  # both first tokens by the prompt's last one
-    index = torch.tensor(key_index, dtype=torch.int64)
+    index, scored = (torch.tensor(rows, dtype=torch.int64) for rows in (key_index, logit_rows))
     segments = Segments(
         index,
         _offsets(query_lengths),
@@ -156,6 +157,7 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), shared: bool = False
         tuple(query_lengths),
         tuple(key_lengths),
         tuple(len(pair.prompt) for pair in pairs),
+        scored.unique(),
         crowded=shared and bool((index.bincount() > 2).any()),
     )
     return PreferenceBatch(
@@ -163,7 +165,7 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), shared: bool = False
         torch.tensor([positions], dtype=torch.int64),
         None,
         segments,
-        torch.tensor(logit_rows, dtype=torch.int64),
+        scored,
         **_scored(pairs, keys),
     )
 

@@ -50,6 +50,7 @@ from fastdpo.data import (
     tokenize_pairs,
 )
 from fastdpo.images import Processing
+from fastdpo.last_block import scored_rows_alone
 from fastdpo.layout import Layout, find_layout, probe_pairs
 from fastdpo.loading import compute_dtype, load_model, model_kind, place
 from fastdpo.losses import sees_mean_reward
@@ -496,12 +497,15 @@ def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config
 
 @contextmanager
 def fused_blocks(policies: Sequence[Policy | None], config: DPOConfig) -> Iterator[list[PatchReport]]:
-    """Within it the blocks of these policies' models run on our kernels, where `fused_kernels` has it so; -> what was
-    patched, nothing where that is off.
+    """Within it the blocks of these policies' models run on our kernels, where `fused_kernels` has it so, and the last
+    one without rows that nobody reads (torch.compile takes blocks without hooks); -> what was patched, nothing where
+    that is off.
     """
-    on = use_fused_kernels(config)
-    with patched({id(one): one.model for one in policies if one is not None and on}.values()) as reports:
-        del policies  # a reference may be freed within it
+    known = {id(one.model): one for one in policies if one is not None}
+    models = [one.model for one in known.values()] if use_fused_kernels(config) else []
+    lean = [] if config.torch_compile else [*known.values()]
+    with patched(models) as reports, scored_rows_alone(lean):
+        del policies, known, models, lean  # a reference may be freed within it
         yield reports
 
 

@@ -90,6 +90,7 @@ MAY_IMPORT = {
     "card": {"config", "losses", "mixture", "model"},
     "mixture": {"rows"},
     "noise": {"batch", "model"},
+    "last_block": {"batch", "model"},
     "by_hand": {
         *("batch", "collator", "config", "data", "layout", "metrics", "model", "predictions", "ranks", "reference"),
         "step",

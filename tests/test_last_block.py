@@ -1,0 +1,103 @@
+"""The last MLP computes what the head reads and nothing else, and nobody can tell."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import RAGGED, gradient_error, gradients, random_pairs, tiny_model
+from torch import nn
+
+import fastdpo
+from fastdpo.batch import PreferenceBatch, pack, pad
+from fastdpo.last_block import scored_rows_alone
+from fastdpo.model import Policy, base_model, checkpointing
+
+PAIRS = [*RAGGED, *random_pairs((20, 3, 4), (0, 2, 1))]
+FAMILIES = ["llama", "gemma2", "gpt2", "cohere", "gpt-neox", "phi-head-bias", "granite"]
+
+
+def rows_of_last_mlp(policy: Policy, batch: PreferenceBatch) -> tuple[torch.Tensor, list[int]]:
+    """-> log-probs, and how many rows each block's MLP computed."""
+    seen: list[int] = []
+    mlps = [module for name, module in policy.named_modules() if name.endswith(".mlp")]
+
+    def count(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        seen.append(inputs[0].shape[0] * inputs[0].shape[1])
+
+    hooks = [mlp.register_forward_hook(count, prepend=True) for mlp in mlps]
+    logps, _ = policy(batch)
+    for hook in hooks:
+        hook.remove()
+    return logps, seen
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_are_those_of_all_rows(family: str, shared: bool) -> None:
+    policy = Policy(tiny_model(family)).eval()
+    batch = pack(PAIRS, shared=shared)
+    expected = policy(batch)[0]
+    expected_gradients = gradients(expected, policy.model)
+    with scored_rows_alone([policy]):
+        actual, rows = rows_of_last_mlp(policy, batch)
+        found = gradients(actual, policy.model)
+    scored = len(batch.logit_rows.unique())
+    assert rows == [batch.input_ids.numel(), scored] and scored < 0.6 * batch.input_ids.numel()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert gradient_error(found, expected_gradients) < 1e-5
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"offload": True}], ids=["checkpointing", "offload"])
+def test_a_second_forward_sees_the_rows_of_its_own_batch(kwargs: dict[str, Any]) -> None:
+    policy = Policy(tiny_model("llama"))
+    first, second = pack(PAIRS[:3]), pack(PAIRS[3:])
+    expected = gradients(policy(first)[0], policy.model)
+    with scored_rows_alone([policy]), checkpointing(policy, kwargs):
+        logps = policy(first)[0]
+        policy(second)
+        found = gradients(logps, policy.model)
+    assert gradient_error(found, expected) < 1e-5
+
+
+def test_padded_batches_and_generation_compute_every_row_and_nothing_stays_behind() -> None:
+    policy = Policy(tiny_model("llama")).eval()
+    batch = pad(PAIRS)
+    expected = policy(batch)[0]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    text = policy.model.generate(ids, max_new_tokens=4, do_sample=False)
+    with scored_rows_alone([policy]), scored_rows_alone([policy]):
+        policy(pack(PAIRS))
+        actual, rows = rows_of_last_mlp(policy, batch)
+        assert torch.equal(policy.model.generate(ids, max_new_tokens=4, do_sample=False), text)
+    assert torch.equal(actual, expected) and rows == [batch.input_ids.numel()] * 2
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in policy.modules())
+
+
+def test_routers_of_experts_see_every_token() -> None:
+    policy, batch = Policy(tiny_model("mixtral")).eval(), pack(PAIRS)
+    with scored_rows_alone([policy]):
+        assert rows_of_last_mlp(policy, batch)[1] == [batch.input_ids.numel()] * 2
+
+
+def test_a_model_may_be_freed_within_it() -> None:
+    policy = Policy(tiny_model("llama"))
+    alive = weakref.ref(policy.model.model.layers[-1].mlp.up_proj)
+    with scored_rows_alone(one for one in [policy]):
+        del policy
+        assert alive() is None
+
+
+def test_training_leaves_the_last_blocks_prompt_rows_out_and_starts_at_margin_zero(rows, tokenizer, quick) -> None:
+    model = get_peft_model(tiny_model("llama", vocab_size=500), LoraConfig(r=2, target_modules="all-linear"))
+    seen: list[tuple[int, int]] = []
+    blocks = base_model(model).model.layers
+    blocks[0].mlp.register_forward_hook(lambda m, x, y: seen.append((0, y.shape[1])), prepend=True)
+    blocks[1].mlp.down_proj.register_forward_hook(lambda m, x, y: seen.append((1, y.shape[1])))
+    out = fastdpo.train(model, rows, processing_class=tokenizer, **quick | {"max_length": 60, "max_steps": 2})
+    assert out.history[0]["rewards/margins"] == 0
+    first, last = (sum(count for block, count in seen if block == which) for which in (0, 1))
+    assert last < 0.8 * first
