@@ -5,8 +5,8 @@ its attention is not, but for each prompt's last token. So its MLP, most of a bl
 zeros stand where the others' answers would: nothing reads them. Log-probs and gradients are the same. A prompt of twice
 a response's length is half of the tokens: 1.2% of a step of Llama-3.1-8B, 2.3% of Llama-3.2-1B's with its 16 blocks.
 
-By hooks, on while a trainer is at work: a block is told its segments at each call, in the second forward of a
-checkpointed block, too. What is called without segments (generation, padded batches) computes everything.
+By hooks, on while a trainer is at work: a block's attention is told its segments at each call, in the second forward of
+a checkpointed block, too. What is called without segments (generation, padded batches) computes everything.
 """
 
 from __future__ import annotations
@@ -21,29 +21,34 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from fastdpo.batch import Segments
 from fastdpo.model import Policy, balances_routers, base_model
 
+ATTENTION = ("self_attn", "attn", "attention")  # what transformers calls it in its blocks, beside "mlp"
+
 
 @contextmanager
 def scored_rows_alone(policies: Iterable[Policy]) -> Iterator[None]:
-    """Within it the last MLP of these policies' models computes scored rows alone, where blocks call one `mlp`. Routers
-    of experts, whose auxiliary loss is of all tokens, see all. Keeps none of the models alive.
+    """Within it the last MLP of these policies' models computes scored rows alone, where a block has attention and then
+    a `mlp`. Routers of experts, whose auxiliary loss is of all tokens, see all. Keeps none of the models alive.
     """
-    with ExitStack() as hooks:
-        for block, mlp in (found for policy in policies for found in _last(policy)):
-            rows = _ScoredRows()
-            hooks.callback(block.register_forward_pre_hook(rows.note, with_kwargs=True).remove)
-            hooks.callback(mlp.register_forward_pre_hook(rows.select).remove)
-            hooks.callback(mlp.register_forward_hook(rows.spread).remove)
-        block = mlp = policies = None  # type: ignore[assignment]
+    with ExitStack() as stack:
+        for hook in (hook for policy in policies for hook in _hooks(policy)):
+            stack.callback(hook.remove)
+        del policies
         yield
 
 
-def _last(policy: Policy) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The last block and its MLP, where there is one that is not at it already."""
+def _hooks(policy: Policy) -> Iterator[Any]:
+    """None where the model has some already, or has no such block."""
     model = base_model(policy.model)
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    mlp = blocks[-1]._modules.get("mlp") if blocks and not balances_routers(model) else None
-    if mlp is not None and not any(_is_ours(hook) for hook in mlp._forward_hooks.values()):
-        yield blocks[-1], mlp
+    parts = dict(blocks[-1].named_children()) if blocks and not balances_routers(model) else {}
+    mlp, attention = parts.get("mlp"), next((parts[name] for name in ATTENTION if name in parts), None)
+    if mlp is None or attention is None or any(_is_ours(hook) for hook in mlp._forward_hooks.values()):
+        return
+    rows = _ScoredRows()
+    yield blocks[-1].register_forward_pre_hook(rows.begin)
+    yield attention.register_forward_pre_hook(rows.note, with_kwargs=True)
+    yield mlp.register_forward_pre_hook(rows.select)
+    yield mlp.register_forward_hook(rows.spread)
 
 
 def _is_ours(hook: Any) -> bool:
@@ -51,11 +56,15 @@ def _is_ours(hook: Any) -> bool:
 
 
 class _ScoredRows:
-    """Between a block's call and its MLP's."""
+    """Between an attention's call and its MLP's."""
 
     segments: Segments | None = None
 
-    def note(self, block: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
+    def begin(self, block: nn.Module, inputs: Any) -> None:
+        """Not in a second forward, where the transformers of 2026 checkpoints blocks without their hooks."""
+        self.segments = None
+
+    def note(self, attention: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
         self.segments = options.get("segments")
 
     def select(self, mlp: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

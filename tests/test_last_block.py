@@ -53,12 +53,13 @@ def test_log_probs_and_gradients_are_those_of_all_rows(family: str, shared: bool
 
 @pytest.mark.parametrize("kwargs", [{}, {"offload": True}], ids=["checkpointing", "offload"])
 def test_a_second_forward_sees_the_rows_of_its_own_batch(kwargs: dict[str, Any]) -> None:
-    policy = Policy(tiny_model("llama"))
+    policy = Policy(tiny_model("llama").train())
     first, second = pack(PAIRS[:3]), pack(PAIRS[3:])
     expected = gradients(policy(first)[0], policy.model)
     with scored_rows_alone([policy]), checkpointing(policy, kwargs):
-        logps = policy(first)[0]
+        logps, rows = rows_of_last_mlp(policy, first)
         policy(second)
+        assert rows[1] < rows[0]
         found = gradients(logps, policy.model)
     assert gradient_error(found, expected) < 1e-5
 
