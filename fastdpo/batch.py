@@ -7,9 +7,9 @@ and to themselves, and their positions restart at the prompt's end:
     tokens      p0 p1 p2 | c0 c1 | r0 r1 r2        queries of segment A: p, c    keys: p, c
     positions    0  1  2 |  3  4 |  3  4  5        queries of segment B: r       keys: p, r (gathered)
 
-`shared`, whatever else two sequences of a micro-batch begin alike with is computed once, too: a system prompt, the
-prompt of several pairs, the first words of both responses. A sequence then has as its queries what no sequence before
-it had, and as its keys all of itself.
+What else two sequences of a micro-batch begin alike with may be computed once, too: a system prompt, the prompt of
+several pairs, the first words of both responses. A sequence then has as its queries what no sequence before it had, and
+as its keys all of itself.
 
 Padded, for models that cannot: one sequence a row, chosen and rejected interleaved, right-padded. Either way
 `logit_rows` names the hidden rows that predict a response token, so prompt rows never reach the LM head, and `targets`
@@ -28,6 +28,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+# Pairs share a beginning of so many tokens at least. What more than two sequences share needs a sorted sum of
+# gradients, some 100 us a layer on a GPU: fewer tokens, such as the one that all sequences begin with, may not be worth
+# it (unmeasured). Also, attention under a mask spreads a NaN over its segment, and so to the pairs that share some of it.
+LEAST_SHARED = 32
 
 
 class Pair(Protocol):
@@ -126,8 +131,10 @@ class OptimizerBatch:
         return replace(self, microbatches=[batch.to(device, non_blocking) for batch in self.microbatches])
 
 
-def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), shared: bool = False) -> PreferenceBatch:
-    """Pairs end to end in one row, each prompt once; `shared`, each token once that sequences begin alike with."""
+def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), least_shared: int | None = None) -> PreferenceBatch:
+    """Pairs end to end in one row, each prompt once. With `least_shared` also what both responses begin alike with, and
+    what pairs begin alike with, where it is so many tokens; LEAST_SHARED is meant for it.
+    """
     ids: list[int] = []
     positions: list[int] = []
     key_index: list[int] = []
@@ -136,12 +143,17 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), shared: bool = False
     key_lengths: list[int] = []
     known = _Prefixes()
     for pair in pairs:
+        other: list[int] = []  # the pair's other sequence, and its rows
         rows: list[int] = []
         for response, first in ((pair.chosen, pair.chosen_from), (pair.rejected, pair.rejected_from)):
             tokens = [*pair.prompt, *response]
-            begun = known.rows(tokens) if shared else rows[: len(pair.prompt)]
+            begun = rows[: len(pair.prompt)]
+            if least_shared is not None:
+                begun = rows[: _alike(other, tokens[:-1])]
+                elsewhere = known.rows(tokens)
+                begun = elsewhere if len(elsewhere) >= len(begun) + least_shared else begun
             fresh = tokens[len(begun) :]
-            rows = [*begun, *range(len(ids), len(ids) + len(fresh))]
+            other, rows = tokens, [*begun, *range(len(ids), len(ids) + len(fresh))]
             known.add(tokens, rows)
             ids += fresh
             positions += range(len(begun), len(tokens))
@@ -158,7 +170,7 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), shared: bool = False
         tuple(key_lengths),
         tuple(len(pair.prompt) for pair in pairs),
         scored.unique(),
-        crowded=shared and bool((index.bincount() > 2).any()),
+        crowded=bool((index.bincount() > 2).any()),
     )
     return PreferenceBatch(
         torch.tensor([ids], dtype=torch.int64),

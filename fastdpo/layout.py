@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastdpo.attention import Calls, CannotPack, packed_calls
 from fastdpo.attention_backends import PACKABLE, Facts, Refused, choose
-from fastdpo.batch import PreferenceBatch, emptied, encode_decode, pack, pad
+from fastdpo.batch import LEAST_SHARED, PreferenceBatch, emptied, encode_decode, pack, pad
 from fastdpo.data import TokenPair
 from fastdpo.images import TOKEN_TYPES, Processing, collate
 from fastdpo.model import Policy, backbone, base_model, input_embedding
@@ -47,7 +47,11 @@ class Layout:
     pad_token_id: int = 0
     attention: tuple[Facts, ...] = ()  # packed: what the backend of each kind of layer is chosen by, in the run's dtype
     make: Collation | None = None  # of models that take neither
-    shared: bool = False  # packed: pairs share what they begin alike with
+    shared: bool = False  # packed: pairs share what they begin alike with, too
+
+    @property
+    def least_shared(self) -> int | None:
+        return LEAST_SHARED if self.shared else None
 
     def collate(self, pairs: Sequence[TokenPair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
         if self.make is not None:
@@ -57,7 +61,7 @@ class Layout:
                 "the trainer was built with rows of text alone, and these show images: give it a train_dataset or an "
                 "eval_dataset that has some"
             )
-        return pack(pairs, keys, self.shared) if self.packed else pad(pairs, keys, self.pad_token_id)
+        return pack(pairs, keys, self.least_shared) if self.packed else pad(pairs, keys, self.pad_token_id)
 
     def empty(self) -> PreferenceBatch:
         """Without pairs, for a process that takes part in what others do."""
@@ -141,7 +145,7 @@ def _try_layouts(
     if policy.asked_attention not in PACKABLE:
         return f"attn_implementation={policy.asked_attention!r} takes padded batches only", ()
     with packed_calls() as calls:
-        packed = pack(pairs, shared=True)
+        packed = pack(pairs, least_shared=1)
         reason = _why_not_packed(policy, packed, expected, min(tolerance, max(4 * noise, tolerance / 4)), calls)
     return reason, tuple(dict.fromkeys(calls.facts))
 

@@ -17,7 +17,7 @@ from fastdpo.data import TokenPair
 from fastdpo.model import Policy
 
 PAIRS = [TokenPair([10, 11, 12], [20, 21], [30, 31, 32]), TokenPair([13], [22], [33, 34])]
-shared = partial(pack, shared=True)
+shared = partial(pack, least_shared=1)
 LAYOUTS: list[Any] = [pack, pad, pytest.param(shared, id="shared")]
 # One system prompt; a prompt with two pairs and one chosen response; responses that begin alike; a response that begins
 # another; a pair twice; no prompt.
@@ -85,6 +85,15 @@ def test_shared_tokens_stand_once_and_every_sequence_has_all_of_its_own_as_keys(
     gathered = batch.input_ids[0, batch.segments.key_index].split(batch.segments.key_lengths)
     assert [keys.tolist() for keys in gathered] == sequences
     assert not shared(ALIKE[:1]).segments.crowded and pack(ALIKE).segments.crowded is False  # type: ignore[union-attr]
+
+
+def test_pairs_share_a_beginning_of_so_many_tokens_or_more_and_a_pair_any() -> None:
+    ids = lambda least: pack(ALIKE[:3], least_shared=least).input_ids[0].tolist()  # noqa: E731
+    first, second, third = [9, 8, 7, 11, 12, 20, 21, 22, 30], [22, 40], [13, 20, 50, 51]
+    assert ids(3) == [*first, *second, *third]
+    assert ids(4) == ids(7) == [*first, *second, 9, 8, 7, *third]  # the second pair begins like the first in 7
+    assert ids(8) == [*first, 9, 8, 7, 11, 12, 20, 21, 22, 40, 9, 8, 7, *third]
+    assert ids(None) == [token for pair in ALIKE[:3] for token in [*pair.prompt, *pair.chosen, *pair.rejected]]
 
 
 def test_padded_pairs_stand_a_sequence_a_row_with_the_padding_masked() -> None:

@@ -560,7 +560,7 @@ def test_packed_and_padded_log_probs_agree_in_fp32() -> None:
 def test_gradients_of_what_many_sequences_share_repeat_bitwise() -> None:
     system = list(range(100, 160))
     pairs = [TokenPair([*system, *pair.prompt], pair.chosen, pair.rejected) for pair in probe_pairs(500) * 4]
-    policy, batch = Policy(tiny_llama().cuda().bfloat16()), pack(pairs, shared=True).to("cuda")
+    policy, batch = Policy(tiny_llama().cuda().bfloat16()), pack(pairs, least_shared=32).to("cuda")
     assert batch.segments is not None and batch.segments.crowded
     runs = [torch.autograd.grad(policy(batch)[0].sum(), list(policy.parameters())) for _ in range(5)]
     assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))

@@ -35,11 +35,11 @@ def rows_of_last_mlp(policy: Policy, batch: PreferenceBatch) -> tuple[torch.Tens
     return logps, seen
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [None, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_and_gradients_are_those_of_all_rows(family: str, shared: bool) -> None:
+def test_log_probs_and_gradients_are_those_of_all_rows(family: str, shared: int | None) -> None:
     policy = Policy(tiny_model(family)).eval()
-    batch = pack(PAIRS, shared=shared)
+    batch = pack(PAIRS, least_shared=shared)
     expected = policy(batch)[0]
     expected_gradients = gradients(expected, policy.model)
     with scored_rows_alone([policy]):

@@ -251,7 +251,8 @@ def test_the_same_seed_gives_bitwise_the_same_run_and_workers_change_nothing(row
 def test_rows_that_begin_alike_train_as_if_each_were_alone_in_fewer_tokens(rows, tokenizer, quick, monkeypatch) -> None:
     rows = [
         {
-            "prompt": "Answer as a friend would, in one sentence. " + row["prompt"],
+            "prompt": "Answer as a friend would, in one sentence or two. Ask back where you do not understand. "
+            + row["prompt"],
             "chosen": row["chosen"],
             "rejected": row["chosen"] + row["rejected"],
         }
