@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--epochs", type=int, default=3, help="reported beside one epoch (default %(default)s)")
     run.add_argument("--tune", action="store_true", help="search TRL's fastest settings first")
     run.add_argument("--unsloth", type=Path, help="folder with unsloth and the packages it needs, where not installed")
+    run.add_argument("--full", action="store_true", help="train all weights, in place of LoRA factors")
     share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
     view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
     race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
@@ -86,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         if len(options.most_tokens or options.gib) != len(options.gib):
             commands.error("--most-tokens needs a number for each of --gib")
         return memory.main(options)
+    if getattr(options, "full", False) and options.load_in_4bit:
+        commands.error("--full trains all weights, which those of --load-in-4bit cannot: leave one of the two out")
     _complete(options)
     for name in ("pairs", "epochs", "batch", "repeat", "threads"):
         if getattr(options, name, 1) < 1:
@@ -105,7 +108,8 @@ def _complete(options: argparse.Namespace) -> None:
     options.model = quantised(options.model) if options.load_in_4bit else options.model
     if options.pairs is None:
         options.pairs = step.rows_for(device, MODELS[options.model], PROFILES[options.profile], max(options.batch, 1))
-    name = table.file_name(options.command, options.device, options.model, options.profile)
+    full, batch = getattr(options, "full", False), options.batch
+    name = table.file_name(options.command, options.device, options.model, options.profile, batch, full)
     options.output = options.output or table.RESULTS / name
 
 

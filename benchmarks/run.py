@@ -7,6 +7,7 @@ the model do not. On a GPU a step with another model comes first.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -48,6 +49,7 @@ class RunSpec:
     longest_first: bool = False  # rows sorted by length instead of as they come
     response_rows_only: bool = False  # TRL only: its head told to skip prompt and padding positions where it does not
     count_flops: bool = False
+    full: bool = False  # all weights train, in place of LoRA factors
     threads: int = 2
     site: str = ""  # a folder of packages that goes before the installed ones
 
@@ -56,6 +58,11 @@ class RunSpec:
         """In the order of training."""
         lengths = workload.pair_lengths(PROFILES[self.profile], self.pairs)
         return [lengths[i] for i in workload.longest_first(lengths)] if self.longest_first else lengths
+
+    @property
+    def lora_rank(self) -> int | None:
+        """None where all weights train."""
+        return None if self.full else LORA_RANK
 
     @property
     def micro_batch(self) -> int:
@@ -169,7 +176,7 @@ def _fastdpo() -> Trainer:
             args=DPOConfig(**settings),
             train_dataset=rows,
             processing_class=workload.word_tokenizer(),
-            peft_config=lora(),
+            peft_config=None if spec.full else lora(),
             callbacks=[] if probe is None else [probe],
         )
 
@@ -186,10 +193,11 @@ def _trl() -> Trainer:
             utils._use_triton = lambda device: True
         trainer = DPOTrainer(
             model=model,
+            ref_model=copy.deepcopy(model) if spec.full else None,  # TRL would read it from disk
             args=DPOConfig(**settings),
             train_dataset=rows,
             processing_class=workload.word_tokenizer(),
-            peft_config=lora(),
+            peft_config=None if spec.full else lora(),
             callbacks=[] if probe is None else [probe],
         )
         if DEVICES[spec.device].dtype == "float32":  # TRL has adapters of 4-bit weights in bf16, whatever the rest is

@@ -27,7 +27,7 @@ from benchmarks import flops, workload
 from benchmarks.device import DEVICES, ROOT, Device, Tolerances
 from benchmarks.models import MODELS, Model
 from benchmarks.provenance import provenance
-from benchmarks.run import LORA_RANK, RunResult, RunSpec
+from benchmarks.run import RunResult, RunSpec
 from benchmarks.table import LATER, render, span_in_words
 from benchmarks.workload import PROFILES
 
@@ -94,6 +94,8 @@ def configurations(
         without["TRL tuned, Liger"] = "not run: TRL tuned is it already"
     if not installed("unsloth", unsloth):
         without["Unsloth"] = "not installed"
+    elif base.full:
+        without["Unsloth"] = "not run: its recipe here is LoRA's"
     named = {name: specs[name] for name in device.contenders}
     return named, {name: why for name, why in without.items() if name in named}
 
@@ -166,7 +168,7 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
     origin = provenance(machine, options.threads, packages, options.commit)
     clock = Clock(options.seconds, device.time_limit)
     task = options.model, options.profile, options.pairs, options.epochs, options.batch
-    base = RunSpec("fastdpo", device.name, *task, threads=options.threads)
+    base = RunSpec("fastdpo", device.name, *task, full=options.full, threads=options.threads)
     tuned = tuned_spec(base, device, machine)
     peak = peak_rate(device, machine, options.threads)
     tuning = search_tuned(tuned, device, clock) if options.tune else []
@@ -192,7 +194,7 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
         "profile": options.profile,
         **origin,
         "peak": peak,
-        "workload": describe_workload(options, device),
+        "workload": describe_workload(base, options.repeat),
         "tolerances": asdict(device.tolerances),
         "configurations": rows,
         "uncounted": uncounted,
@@ -395,15 +397,15 @@ def flops_at(spec: RunSpec, count: RunResult | None) -> list[float]:
     model, lengths = MODELS[spec.model], spec.lengths
     if spec.trainer == "fastdpo":
         lean = bool(spec.settings.get("gradient_checkpointing"))
-        first, later = (flops.packed_flops(lengths, model, LORA_RANK, on, lean) for on in (True, False))
+        first, later = (flops.packed_flops(lengths, model, spec.lora_rank, on, lean) for on in (True, False))
         return [0.0] + [first + later * epoch for epoch in range(spec.epochs)]
     if spec.trainer != "trl":
         return []
     all_rows = not (spec.response_rows_only or DEVICES[spec.device].head_skips_rows)
     ahead = bool(spec.settings.get("precompute_ref_log_probs"))
-    before = flops.padded_reference_flops(lengths, model, LORA_RANK, spec.micro_batch, all_rows) if ahead else 0.0
+    before = flops.padded_reference_flops(lengths, model, spec.lora_rank, spec.micro_batch, all_rows) if ahead else 0.0
     checkpointing = spec.settings.get("gradient_checkpointing", True)
-    each = flops.padded_flops(lengths, model, LORA_RANK, spec.micro_batch, not ahead, checkpointing, all_rows)
+    each = flops.padded_flops(lengths, model, spec.lora_rank, spec.micro_batch, not ahead, checkpointing, all_rows)
     return [before + each * epoch for epoch in range(spec.epochs + 1)]
 
 
@@ -463,7 +465,7 @@ def _speed(ours: dict[str, Any], theirs: dict[str, Any], span: str) -> float:
 def by_formula(spec: RunSpec, spans: dict[str, tuple[int, int]], formula: Any) -> dict[str, float]:
     """FLOPs a pair of a step that runs the reference in the first epoch only."""
     lengths, model = workload.pair_lengths(PROFILES[spec.profile], spec.pairs), MODELS[spec.model]
-    first, later = (formula(lengths, model, LORA_RANK, on) for on in (True, False))
+    first, later = (formula(lengths, model, spec.lora_rank, on) for on in (True, False))
     totals = [0, first, first + later]
     return {name: over(span, totals) / (spec.pairs * (span[1] - span[0])) for name, span in spans.items()}
 
@@ -474,18 +476,17 @@ def rows_for(device: Device, model: Model, profile: workload.Profile, batch: int
     return batch * max(2, round(min(pairs, device.most_pairs) / batch))
 
 
-def describe_workload(options: Namespace, device: Device) -> dict[str, Any]:
-    model = MODELS[options.model]
-    lengths = workload.pair_lengths(PROFILES[options.profile], options.pairs)
+def describe_workload(spec: RunSpec, repeat: int) -> dict[str, Any]:
+    model, lengths = MODELS[spec.model], spec.lengths
     totals = [pair.prompt + side for pair in lengths for side in (pair.chosen, pair.rejected)]
     return {
-        "pairs": options.pairs,
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "repeat": options.repeat,
-        "dtype": device.dtype,
+        "pairs": spec.pairs,
+        "epochs": spec.epochs,
+        "batch": spec.batch,
+        "repeat": repeat,
+        "dtype": DEVICES[spec.device].dtype,
         "learning_rate": model.learning_rate,
-        "lora_rank": LORA_RANK,
+        "lora_rank": spec.lora_rank,
         "parameters": model.parameters,
         "vocabulary": model.vocab_size,
         "median_tokens": median(totals),

@@ -52,8 +52,12 @@ _IN_4_BITS = (
 )
 
 
-def file_name(benchmark: str, device: str, model: str, profile: str) -> str:
-    return f"{benchmark}-{device}-{model}-{profile}.json"
+BATCH = 8  # pairs an optimizer step, where a file's name does not say otherwise
+
+
+def file_name(benchmark: str, device: str, model: str, profile: str, batch: int = BATCH, full: bool = False) -> str:
+    names = [benchmark, device, model, profile] + [f"batch-{batch}"] * (batch != BATCH) + ["full"] * full
+    return f"{'-'.join(names)}.json"
 
 
 def in_order(benchmark: str, folder: Path) -> list[Path]:
