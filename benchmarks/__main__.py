@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import estimate, kernels, memory, memory_table, parts, step, table, trace
+from benchmarks import estimate, kernels, memory, memory_table, pages, parts, step, table, trace
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
 from benchmarks.workload import PROFILES
@@ -50,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--commit", help="of this code, where it was copied without its repository")
         command.add_argument("--output", type=Path, help=f"default: a file in {table.RESULTS}")
     commands.add_parser("estimate", help="a 70B model under FSDP2 by arithmetic, the tables of docs/several_gpus.md")
-    write = commands.add_parser("table", help="write the tables of both README.md from results/*.json")
-    write.add_argument("--check", action="store_true", help="write nothing; exit 1 where the tables differ")
+    write = commands.add_parser("table", help="write tables and pictures of both README.md from results/")
+    write.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page or a picture differs")
     return top
 
 
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_args(arguments)
     if options.command == "table":
-        return table.main(options.check)
+        return pages.main(options.check)
     if options.command == "estimate":
         print(estimate.tables(), end="")
         return 0

@@ -33,7 +33,7 @@ def setting_in_words(result: dict[str, Any]) -> str:
     """Of a result about fastdpo alone: the end of its heading, and what ran where."""
     work, device = result["workload"], DEVICES[result["device"]]
     return (
-        f"{device.title}: {MODELS[result['model']].title}, pairs as long as {PROFILES[result['profile']].title}'s\n\n"
+        f"{device.title}: {MODELS[result['model']].title}, {PROFILES[result['profile']].pairs}\n\n"
         f"{machine_in_words(result['machine'])}. {versions_in_words(result)}. {work['pairs']} pairs, "
         f"{work['batch']} an optimizer step, LoRA, {device.dtype}."
     )
