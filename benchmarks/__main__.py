@@ -28,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--tune", action="store_true", help="search TRL's fastest settings first")
     run.add_argument("--unsloth", type=Path, help="folder with unsloth and the packages it needs, where not installed")
     run.add_argument("--full", action="store_true", help="train all weights, in place of LoRA factors")
+    run.add_argument("--processor-time", action="store_true", help="of one thread, where others use the machine too")
     share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
     view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
     race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
@@ -89,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         return memory.main(options)
     if getattr(options, "full", False) and options.load_in_4bit:
         commands.error("--full trains all weights, which those of --load-in-4bit cannot: leave one of the two out")
+    if getattr(options, "processor_time", False) and (options.device != CPU.name or options.threads != 1):
+        commands.error("--processor-time adds up the time of all threads: it needs --device cpu and --threads 1")
     _complete(options)
     for name in ("pairs", "epochs", "batch", "repeat", "threads"):
         if getattr(options, name, 1) < 1:

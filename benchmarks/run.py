@@ -50,6 +50,7 @@ class RunSpec:
     response_rows_only: bool = False  # TRL only: its head told to skip prompt and padding positions where it does not
     count_flops: bool = False
     full: bool = False  # all weights train, in place of LoRA factors
+    processor_time: bool = False  # its own, for a machine that does other work too, in place of the wall clock's
     threads: int = 2
     site: str = ""  # a folder of packages that goes before the installed ones
 
@@ -112,14 +113,15 @@ def _train(trainer: Trainer, spec: RunSpec, rows: list[dict[str, str]], room: in
     device.restart_peak()
     baseline = device.peak_memory()
     with tempfile.TemporaryDirectory() as output_dir, flop_counter or nullcontext():
-        start, cpu_start = time.perf_counter(), time.process_time()
-        probe: Any = _probe(start, device, flop_counter, spec.stop_after)
+        clock = _stopwatch(time.process_time if spec.processor_time else time.perf_counter)
+        cpu_start = time.process_time()
+        probe: Any = _probe(clock, device, flop_counter, spec.stop_after)
         settings = {**common_settings(spec, room), "output_dir": output_dir, **spec.settings}
         training = trainer.build(model, dataset, settings, probe, spec)
         training.train()
         device.wait()
         cpu_seconds = time.process_time() - cpu_start
-        probe.seconds[-1] = time.perf_counter() - start  # what a trainer does after its last epoch is part of it
+        probe.seconds[-1] = clock()  # what a trainer does after its last epoch is part of it
     history = [row for row in training.state.log_history if "loss" in row]
     return RunResult(
         seconds=probe.seconds,
@@ -257,8 +259,13 @@ def same_adapters(model: Any) -> None:
             parameter.data.copy_(drawn * parameter.shape[1] ** -0.5)
 
 
+def _stopwatch(clock: Callable[[], float]) -> Callable[[], float]:
+    start = clock()
+    return lambda: clock() - start
+
+
 def _probe(
-    start: float, device: Device, flop_counter: FlopCounterMode | None, stop_after: int | None
+    clock: Callable[[], float], device: Device, flop_counter: FlopCounterMode | None, stop_after: int | None
 ) -> TrainerCallback:
     """A callback that gives both trainers the same LoRA factors and reads clock and counter around each epoch."""
     from transformers import TrainerCallback
@@ -270,7 +277,7 @@ def _probe(
 
         def read(self) -> None:
             device.wait()
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds.append(clock())
             if flop_counter is not None:
                 self.flops.append(flop_counter.get_total_flops())
 

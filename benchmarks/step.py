@@ -168,7 +168,8 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
     origin = provenance(machine, options.threads, packages, options.commit)
     clock = Clock(options.seconds, device.time_limit)
     task = options.model, options.profile, options.pairs, options.epochs, options.batch
-    base = RunSpec("fastdpo", device.name, *task, full=options.full, threads=options.threads)
+    how = {"full": options.full, "processor_time": options.processor_time, "threads": options.threads}
+    base = RunSpec("fastdpo", device.name, *task, **how)
     tuned = tuned_spec(base, device, machine)
     peak = peak_rate(device, machine, options.threads)
     tuning = search_tuned(tuned, device, clock) if options.tune else []
@@ -484,6 +485,7 @@ def describe_workload(spec: RunSpec, repeat: int) -> dict[str, Any]:
         "epochs": spec.epochs,
         "batch": spec.batch,
         "repeat": repeat,
+        "processor_time": spec.processor_time,
         "dtype": DEVICES[spec.device].dtype,
         "learning_rate": model.learning_rate,
         "lora_rank": spec.lora_rank,

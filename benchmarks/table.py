@@ -42,6 +42,7 @@ _WHAT = {
     "trace": "where a step's time on the GPU goes",
 }
 
+PROCESSOR_TIME = "Seconds are of the processor, one thread, as other programs used the machine, too."
 _IN_4_BITS = (
     "NF4 with double quantisation, the same weights for all. TRL casts the adapters of a quantised model to bf16; "
     "where all else is float32 they are cast back, so that curves can be compared. fastdpo's are fp32."
@@ -180,6 +181,7 @@ def own_notes(result: dict[str, Any]) -> list[str]:
     rows = result["configurations"]
     tuned = ", ".join(f"`{setting}`" for setting in _settings(rows["TRL tuned"]["spec"]).split(", "))
     return [
+        *([PROCESSOR_TIME] if result["workload"].get("processor_time") else []),
         f"TRL tuned: {tuned}, rows sorted by length.",
         *([_IN_4_BITS] if MODELS[result["model"]].in_4_bits else []),
         *(f"{name} failed: `{row['failed']}`" for name, row in rows.items() if "failed" in row),
