@@ -33,26 +33,23 @@ def claim(folder: Path) -> str:
     """One sentence with its numbers: the first planned step on a GPU, or else on a CPU."""
     usual = [result for result in steps(folder) if not worst.case(result)]
     measured = [result for result in usual if result["device"] == CUDA.name] or usual
-    if not measured:
-        return "Nothing has been measured yet.\n"
-    result = measured[0]
-    faster, rows = worst.times_faster(result), result["configurations"]
-    if not faster:
-        return f"No other trainer ran beside it on {short_name(result['machine'])}.\n"
-    named = [f"{faster[name]:.1f} times {words}" for name, words in _RIVALS.items() if name in faster]
+    compared = next((result for result in measured if worst.times_faster(result)), None)
+    if compared is None:
+        return "No step has been measured against another trainer yet.\n"
+    faster, rows = worst.times_faster(compared), compared["configurations"]
     closest = min(faster, key=lambda name: faster[name])
-    if closest not in _RIVALS:
-        named.append(f"{faster[closest]:.1f} times its closest rival ({closest})")
-    name = next((name for name in _RIVALS if name in faster), closest)
-    share = rows["fastdpo"]["peak_memory"] / rows[name]["peak_memory"]
+    rivals = [name for name in dict.fromkeys(["TRL default", "TRL tuned", closest]) if name in faster]
+    first, *others = [f"{faster[name]:.1f} times as {_IN_FULL.get(name, name)}" for name in rivals]
+    speeds = _listed([first.replace(" times as ", " times as fast as ", 1), *others])
+    share = rows["fastdpo"]["peak_memory"] / rows[rivals[0]]["peak_memory"]
     text = (
-        f"**{_setting(result)} on {short_name(result['machine'])}: {_listed(named)}, in pairs a second over one epoch "
-        f"with the same loss curve; {share:.2f} of the peak memory of {name}.**"
+        f"Measured on {short_name(compared['machine'])} with {_setting(compared)}: **{speeds}**, over one epoch with "
+        f"the same loss curve, in {share:.2f} of the memory of {_IN_FULL.get(rivals[0], rivals[0])}."
     )
-    return text + ("\n" if result["device"] == CUDA.name else f" {NO_GPU}\n")
+    return text + ("\n" if compared["device"] == CUDA.name else f" {NO_GPU}\n")
 
 
-_RIVALS = {"TRL default": "TRL 1.16 as it comes", "TRL tuned": "TRL tuned"}
+_IN_FULL = {"TRL default": "TRL 1.16 as it comes"}
 
 
 def _listed(words: list[str]) -> str:
@@ -64,7 +61,7 @@ def _setting(result: Result) -> str:
     title, work = MODELS[result["model"]].title, result["workload"]
     batch = "" if work["batch"] == 8 else f", {work['batch']} a step"
     trains = f"LoRA r={work['lora_rank']}" if work["lora_rank"] else "all weights"
-    return f"{title[0].upper()}{title[1:]}, {trains}, {PROFILES[result['profile']].pairs}{batch}"
+    return f"{title}, {trains}, {PROFILES[result['profile']].pairs}{batch}"
 
 
 def short_name(machine: dict[str, Any]) -> str:
@@ -87,7 +84,12 @@ def _row(result: Result) -> list[str]:
     named = ("fastdpo", "TRL default", "TRL tuned")
     others = [f"{name}: {_cell(result, name)}" for name in rows if name not in named]
     where = f"{short_name(result['machine'])}, {result['workload']['dtype']}"
-    return [f"{_setting(result)}; {where}", *(_cell(result, name) for name in named), "<br>".join(others)]
+    setting = _setting(result)
+    return [
+        f"{setting[0].upper()}{setting[1:]}; {where}",
+        *(_cell(result, name) for name in named),
+        "<br>".join(others),
+    ]
 
 
 def _cell(result: Result, name: str) -> str:

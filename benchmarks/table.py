@@ -30,6 +30,7 @@ PLANNED = {
     ("step", CUDA.name, _8B, "ultrafeedback"): "make gpu-step-8b-ultrafeedback",
     ("step", CUDA.name, _8B, "capybara"): f"{_STEP} {_8B} --profile capybara",
     ("step", CUDA.name, _8B, "tldr"): f"{_STEP} {_8B} --profile tldr",
+    ("step", CUDA.name, _8B, "no-prompt"): f"{_STEP} {_8B} --profile no-prompt",
     ("step", CUDA.name, "qwen2.5-7b", "hh-rlhf"): f"{_STEP} qwen2.5-7b",
     ("step", CUDA.name, "mistral-7b", "hh-rlhf"): f"{_STEP} mistral-7b",
     ("step", CUDA.name, _7B_NF4, "ultrafeedback"): "make gpu-step-mistral-nf4",
