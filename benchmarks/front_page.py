@@ -7,7 +7,6 @@ kernels; until then a CPU does, and says so.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from benchmarks import memory_table, picture, worst
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.kernel_table import front_table
-from benchmarks.markdown import machine_in_words, table
+from benchmarks.markdown import machine_in_words, short_name, table
 from benchmarks.models import MODELS
 from benchmarks.table import in_order
 from benchmarks.workload import PROFILES
@@ -62,11 +61,6 @@ def _setting(result: Result) -> str:
     batch = "" if work["batch"] == 8 else f", {work['batch']} a step"
     trains = f"LoRA r={work['lora_rank']}" if work["lora_rank"] else "all weights"
     return f"{title}, {trains}, {PROFILES[result['profile']].pairs}{batch}"
-
-
-def short_name(machine: dict[str, Any]) -> str:
-    cpu = re.sub(r"\(R\)|\(TM\)| Processor| CPU", "", machine["cpu"])
-    return machine.get("gpu") or f"{machine['threads']} cores of an {cpu}"
 
 
 def speed(folder: Path) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import kernel_table, memory_table, parts, trace, worst
 from benchmarks.device import CPU, CUDA, DEVICES, Device, step_aim
-from benchmarks.markdown import machine_in_words, table, versions_in_words
+from benchmarks.markdown import PROCESSOR_TIME, machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS
 from benchmarks.workload import PROFILES
 
@@ -43,7 +43,6 @@ _WHAT = {
     "trace": "where a step's time on the GPU goes",
 }
 
-PROCESSOR_TIME = "Seconds are of the processor, one thread, as other programs used the machine, too."
 _IN_4_BITS = (
     "NF4 with double quantisation, the same weights for all. TRL casts the adapters of a quantised model to bf16; "
     "where all else is float32 they are cast back, so that curves can be compared. fastdpo's are fp32."

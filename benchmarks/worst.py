@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.markdown import PROCESSOR_TIME, short_name, table
 from benchmarks.models import MODELS
 from benchmarks.workload import PROFILES
 
@@ -40,14 +40,15 @@ def render(results: list[dict[str, Any]]) -> str:
 
 
 def _in_words(result: dict[str, Any]) -> str:
-    setting = f"{PROFILES[result['profile']].pairs}, {MODELS[result['model']].title}"
-    return f"{case(result)} ({setting})"
+    setting = f"{PROFILES[result['profile']].pairs}; {MODELS[result['model']].title}"
+    return f"{case(result)} ({setting}; {short_name(result['machine'])})"
 
 
 def _cells(result: dict[str, Any], others: list[str]) -> list[str]:
     faster = times_faster(result)
-    ours = result["configurations"]["fastdpo"]["pairs_per_second"]["1"]
-    return [f"{ours:.3g}", *(f"{faster[name]:.2f}" if name in faster else "failed" for name in others)]
+    rows = result["configurations"]
+    cells = [f"{faster[name]:.2f}" if name in faster else "failed" if name in rows else "" for name in others]
+    return [f"{rows['fastdpo']['pairs_per_second']['1']:.3g}", *cells]
 
 
 def times_faster(result: dict[str, Any]) -> dict[str, float]:
@@ -58,10 +59,11 @@ def times_faster(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _least(results: list[dict[str, Any]]) -> str:
-    """The sentence that a reader looks for."""
-    times, name, result = min(
-        ((times, name, result) for result in results for name, times in times_faster(result).items()),
-        key=lambda found: found[0],
-    )
+    """The sentence that a reader looks for, and whose seconds these are."""
+    found = [(times, name, case(result)) for result in results for name, times in times_faster(result).items()]
+    clock = f" {PROCESSOR_TIME}" if any(result["workload"].get("processor_time") for result in results) else ""
+    if not found:
+        return f"No other trainer ran beside it.{clock}"
+    times, name, where = min(found)
     verb = "gains least" if times >= 1 else "loses most"
-    return f"It {verb} with {case(result)}: {times:.2f} times the speed of {name}."
+    return f"It {verb} here: {where}, {times:.2f} times the speed of {name}.{clock}"

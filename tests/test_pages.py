@@ -46,7 +46,7 @@ def step(folder: Path, speeds: dict[str, float | str], **facts: Any) -> None:
 
 
 def rows_of(text: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+    return [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
 
 
 def test_a_row_has_speed_ratio_and_memory_of_each_contender_and_says_who_failed(tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_the_claim_is_a_gpus_where_there_is_one_and_names_the_closest_rival(tmp_
 
 def test_a_case_of_little_gain_stands_in_its_own_table_and_not_among_the_others(tmp_path: Path) -> None:
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.5}, profile="no-prompt", model="20m", device="cpu")
-    step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.0, "Unsloth": "x"}, batch=1, model="20m", device="cpu")
+    step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.0, "TRL": 1.0}, batch=1, model="20m", device="cpu")
     assert not rows_of(front_page.speed(tmp_path)) and table._steps(tmp_path) == []
     text = front_page.gains_least(tmp_path)
-    assert [row[1:] for row in rows_of(text)] == [["3", "1.20"], ["3", "1.50"]]
-    assert "It gains least with nothing to share, nothing to pad: 1.20 times the speed of TRL tuned." in text
+    assert [row[1:] for row in rows_of(text)] == [["3", "1.20", ""], ["3", "1.50", "3.00"]]
+    assert "It gains least here: nothing to share, nothing to pad, 1.20 times the speed of TRL tuned." in text
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 4.0}, profile="short", lora_rank=None, model="20m", device="cpu")
-    loses = f"It loses most with {worst.CASES['short', 8, True, True]}: 0.75 times the speed of TRL tuned."
+    loses = f"It loses most here: {worst.CASES['short', 8, True, True]}, 0.75 times the speed of TRL tuned."
     assert loses in front_page.gains_least(tmp_path)
 
 
