@@ -42,13 +42,16 @@ def claim(folder: Path) -> str:
     speeds = _listed([first.replace(" times as ", " times as fast as ", 1), *others])
     share = rows["fastdpo"]["peak_memory"] / rows[rivals[0]]["peak_memory"]
     text = (
-        f"Measured on {short_name(compared['machine'])} with {_setting(compared)}: **{speeds}**, over one epoch with "
-        f"the same loss curve, in {share:.2f} of the memory of {_IN_FULL.get(rivals[0], rivals[0])}."
+        f"**{speeds}, in {share:.2f} of the memory of the first, with the same loss curve**: one epoch of "
+        f"{_setting(compared)}, on {short_name(compared['machine'])}."
     )
     return text + ("\n" if compared["device"] == CUDA.name else f" {NO_GPU}\n")
 
 
-_IN_FULL = {"TRL default": "TRL 1.16 as it comes"}
+_IN_FULL = {
+    "TRL default": "TRL 1.16 as it comes",
+    "TRL tuned, response rows only": "TRL tuned and told to score response rows only",
+}
 
 
 def _listed(words: list[str]) -> str:

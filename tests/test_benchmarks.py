@@ -1189,7 +1189,9 @@ def test_a_gpus_kernels_get_tables_with_their_aims_and_reasons(copy: Path) -> No
     assert "| launches: fastdpo triton, sigmoid, forward, 64 | 1 | <= 1 | met |" in text
     assert "without a number: Liger FLCE: out of memory." in text
     assert "without a number: TRL chunked: wrong: logps off by 9." in text
-    assert "| linear_logps 8192x128256x4096 bfloat16, frozen head | 43.6; 50%; 286 |  |  |" in front
+    assert (
+        "| linear_logps 8192x128256x4096 bfloat16, frozen head | fastdpo streamed: 43.6; 50%; 286 |  |  |  |" in front
+    )
     assert "Plain torch on a CPU" not in front
 
 
