@@ -132,6 +132,32 @@ def test_pairs_that_leave_a_smaller_last_step_are_refused() -> None:
     assert "--pairs 10 is not a multiple of --batch 8" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--full", "--load-in-4bit"], "leave one of the two out"),
+        (["--processor-time", "--threads", "2"], "it needs --device cpu and --threads 1"),
+        (["--processor-time", "--threads", "1", "--device", "cuda"], "it needs --device cpu and --threads 1"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: list[str], why: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(["step", *options])
+    assert why in capsys.readouterr().err
+
+
+def test_processor_time_leaves_out_the_time_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall clock is a minute late at every reading."""
+    late = iter(range(0, 10**6, 60))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(late)))
+    monkeypatch.setattr(workload, "VOCABULARY", 300)
+    monkeypatch.setitem(MODELS, "20m", small(MODELS["20m"]))
+    spec = replace(SPEC, trainer="fastdpo", pairs=2, batch=2, threads=1)
+    assert training.run(spec).seconds[-1] >= 60
+    own = training.run(replace(spec, processor_time=True))
+    assert 0 < own.seconds[0] < own.seconds[-1] < 60 and own.seconds[-1] == pytest.approx(own.cpu_seconds, rel=0.05)
+
+
 def test_equal_curves_give_ratios_with_their_aims(copy: Path) -> None:
     stand_in(copy, tuned_factor=1.0005)
     output = copy / "out.json"
