@@ -774,7 +774,7 @@ def test_parts_of_a_step_are_measured_alone_and_beside_the_whole(monkeypatch: py
     monkeypatch.setattr(workload, "VOCABULARY", 300)
     monkeypatch.setitem(MODELS, "20m", small(MODELS["20m"]))
     options = watched("parts")
-    assert options.output == table.RESULTS / "parts-cpu-20m-hh-rlhf.json"
+    assert options.output == table.RESULTS / "parts-cpu-20m-hh-rlhf-batch-2.json"
     result = json.loads(json.dumps(parts.main(options)))
     names = ["backbone, forward and backward", "reference, forward", "head", "optimizer"]
     assert list(result["parts"]) == names and all(seconds > 0 for seconds in result["parts"].values())
