@@ -98,7 +98,7 @@ def _cell(result: Result, name: str) -> str:
         return row["failed"] if row["failed"] == "not installed" else "failed"
     pairs, memory = f"{row['pairs_per_second']['1']:.3g}", f"{row['peak_memory'] / 2**30:.1f} GiB"
     if name == "fastdpo":
-        share = f", MFU {100 * row['mfu']['1']:.0f}%" if "mfu" in row else ""
+        share = f", MFU {100 * row['mfu']['1']:.0f}%" if row.get("mfu") else ""
         return f"**{pairs}**, {memory}{share}"
     ours = result["configurations"]["fastdpo"]["pairs_per_second"]["1"]
     return f"{pairs} ({ours / row['pairs_per_second']['1']:.1f}x), {memory}"

@@ -171,7 +171,8 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
     how = {"full": options.full, "processor_time": options.processor_time, "threads": options.threads}
     base = RunSpec("fastdpo", device.name, *task, **how)
     tuned = tuned_spec(base, device, machine)
-    peak = peak_rate(device, machine, options.threads)
+    # beside other work a product's wall time says little of what the processor reaches, so there is no MFU
+    peak = None if options.processor_time else peak_rate(device, machine, options.threads)
     tuning = search_tuned(tuned, device, clock) if options.tune else []
     if best := fastest(tuning):
         tuned = replace(tuned, settings=best["settings"], attention=best["attention"])
@@ -187,14 +188,14 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
             rows[name] = {"spec": asdict(spec), "failed": failed[name], "curve_differs": name in differ}
             rows[name]["runs"] = [asdict(run) for run in runs[name]]
         else:
-            rows[name] = summary(spec, runs[name], flops_at(spec, counts.get(name)), spans, peak["flops"])
+            rows[name] = summary(spec, runs[name], flops_at(spec, counts.get(name)), spans, peak and peak["flops"])
     return {
         "benchmark": "step",
         "device": device.name,
         "model": options.model,
         "profile": options.profile,
         **origin,
-        "peak": peak,
+        **({"peak": peak} if peak else {}),
         "workload": describe_workload(base, options.repeat),
         "tolerances": asdict(device.tolerances),
         "configurations": rows,
@@ -411,7 +412,11 @@ def flops_at(spec: RunSpec, count: RunResult | None) -> list[float]:
 
 
 def summary(
-    spec: RunSpec, runs: list[RunResult], flop_totals: list[float], spans: dict[str, tuple[int, int]], peak_flops: float
+    spec: RunSpec,
+    runs: list[RunResult],
+    flop_totals: list[float],
+    spans: dict[str, tuple[int, int]],
+    peak_flops: float | None,
 ) -> dict[str, Any]:
     """Medians over the repeats, beside the runs they come from."""
     pairs = {span: spec.pairs * (end - begin) for span, (begin, end) in spans.items()}
@@ -427,7 +432,7 @@ def summary(
         "pairs_per_second": {span: pairs[span] / seconds[span] for span in spans},
         "tokens_per_second": {span: tokens * pairs[span] / seconds[span] for span in spans},
         "flops_per_pair": work,
-        "mfu": {span: needed[span] * pairs[span] / seconds[span] / peak_flops for span in spans},
+        "mfu": {span: needed[span] * pairs[span] / seconds[span] / peak_flops for span in spans} if peak_flops else {},
         "peak_memory": peak,
         "added_memory": peak - median(run.baseline_memory for run in runs),
         "runs": [asdict(run) for run in runs],
@@ -442,7 +447,8 @@ def ratios(rows: dict[str, dict[str, Any]], spans: dict[str, tuple[int, int]]) -
     values: dict[str, float] = {}
     for span in spans:
         words = span_in_words(span)
-        values[f"MFU of fastdpo, {words}"] = ours["mfu"][span]
+        if ours["mfu"]:
+            values[f"MFU of fastdpo, {words}"] = ours["mfu"][span]
         for name, theirs in others.items():
             values[f"speed of fastdpo / {name}, {words}"] = _speed(ours, theirs, span)
             if ours["flops_per_pair"] and theirs["flops_per_pair"]:
