@@ -188,7 +188,9 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
             rows[name] = {"spec": asdict(spec), "failed": failed[name], "curve_differs": name in differ}
             rows[name]["runs"] = [asdict(run) for run in runs[name]]
         else:
-            rows[name] = summary(spec, runs[name], flops_at(spec, counts.get(name)), spans, peak and peak["flops"])
+            rows[name] = summary(
+                spec, runs[name], flops_at(spec, counts.get(name)), spans, peak["flops"] if peak else None
+            )
     return {
         "benchmark": "step",
         "device": device.name,
