@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import estimate, kernels, memory, memory_table, parts, step, table, trace
+from benchmarks import estimate, kernels, memory, memory_table, pages, parts, step, table, trace
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
 from benchmarks.workload import PROFILES
@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--epochs", type=int, default=3, help="reported beside one epoch (default %(default)s)")
     run.add_argument("--tune", action="store_true", help="search TRL's fastest settings first")
     run.add_argument("--unsloth", type=Path, help="folder with unsloth and the packages it needs, where not installed")
+    run.add_argument("--full", action="store_true", help="train all weights, in place of LoRA factors")
+    run.add_argument("--processor-time", action="store_true", help="of one thread, where others use the machine too")
     share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
     view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
     race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
@@ -49,8 +51,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--commit", help="of this code, where it was copied without its repository")
         command.add_argument("--output", type=Path, help=f"default: a file in {table.RESULTS}")
     commands.add_parser("estimate", help="a 70B model under FSDP2 by arithmetic, the tables of docs/several_gpus.md")
-    write = commands.add_parser("table", help="write the tables of both README.md from results/*.json")
-    write.add_argument("--check", action="store_true", help="write nothing; exit 1 where the tables differ")
+    write = commands.add_parser("table", help="write tables and pictures of both README.md from results/")
+    write.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page or a picture differs")
     return top
 
 
@@ -73,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_args(arguments)
     if options.command == "table":
-        return table.main(options.check)
+        return pages.main(options.check)
     if options.command == "estimate":
         print(estimate.tables(), end="")
         return 0
@@ -86,6 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
         if len(options.most_tokens or options.gib) != len(options.gib):
             commands.error("--most-tokens needs a number for each of --gib")
         return memory.main(options)
+    if getattr(options, "full", False) and options.load_in_4bit:
+        commands.error("--full trains all weights, which those of --load-in-4bit cannot: leave one of the two out")
+    if getattr(options, "processor_time", False) and (options.device != CPU.name or options.threads != 1):
+        commands.error("--processor-time adds up the time of all threads: it needs --device cpu and --threads 1")
     _complete(options)
     for name in ("pairs", "epochs", "batch", "repeat", "threads"):
         if getattr(options, name, 1) < 1:
@@ -105,7 +111,8 @@ def _complete(options: argparse.Namespace) -> None:
     options.model = quantised(options.model) if options.load_in_4bit else options.model
     if options.pairs is None:
         options.pairs = step.rows_for(device, MODELS[options.model], PROFILES[options.profile], max(options.batch, 1))
-    name = table.file_name(options.command, options.device, options.model, options.profile)
+    full, batch = getattr(options, "full", False), options.batch
+    name = table.file_name(options.command, options.device, options.model, options.profile, batch, full)
     options.output = options.output or table.RESULTS / name
 
 

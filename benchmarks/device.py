@@ -267,7 +267,7 @@ CPU = Device(
         "Memory is the most that the run's process had resident.",
     ),
     kernels=KernelBench(
-        heads=((256, 4096, 256), (512, 16_000, 256)),
+        heads=((512, 16_000, 256), (256, 4096, 256)),
         weights=((1024, 2048),),
         token_shape=(1024, 1024, 8, 2, 128, 2816),
         blocks=((256, 256, 768),),

@@ -8,7 +8,7 @@ kernel skips the causal half. A bias is no product and counts nothing.
 `needed_flops` is what MFU goes by, for every contender alike: the prompt once, nothing computed twice, the causal half
 of attention only.
 
-D hidden, V vocabulary, r LoRA rank, T tokens a pair (prompt once), N response tokens a pair.
+D hidden, V vocabulary, r LoRA rank (None: all weights train), T tokens a pair (prompt once), N response tokens a pair.
 """
 
 from __future__ import annotations
@@ -29,52 +29,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Passes:
-    """One pass of each kind over the same rows of a model with LoRA adapters and a frozen head.
+    """One pass of each kind over the same rows, of a model with LoRA adapters and a frozen head, or all of it trained.
 
     A frozen linear of W weights costs 2 W T forward and 2 W T backward (dX only: no dW). LoRA's factors train: forward
-    2 r (in + out) T, backward twice that. Head: 2 V D N a product.
+    2 r (in + out) T, backward twice that. A linear that trains costs another 2 W T backward, a head that trains another
+    product. Head: 2 V D N a product.
     """
 
     policy_forward: float
     backward: float
     reference_forward: float
     head: float  # one product
-    first_inputs: float  # gradients by the first layer's inputs, part of `backward`
+    first_inputs: float  # gradients by the first layer's inputs, part of `backward`; 0 where embeddings want them
+    head_weight: float  # the head's product for its own gradient
 
     @classmethod
-    def of(cls, model: Model, lora_rank: int, tokens: int, scored: int, keys: float, attention: float) -> Passes:
+    def of(cls, model: Model, lora_rank: int | None, tokens: int, scored: int, keys: float, attention: float) -> Passes:
         """`keys`: products of queries with keys; `attention`: the backward's attention over the forward's."""
         layers, linears = model.num_hidden_layers, model.linears
         base = 2.0 * tokens * layers * sum(i * o for i, o in linears.values())
-        factors = 2.0 * tokens * layers * lora_rank * sum(i + o for i, o in linears.values())
+        full, rank = lora_rank is None, lora_rank or 0
+        factors = 2.0 * tokens * layers * rank * sum(i + o for i, o in linears.values())
         scores = 4.0 * model.hidden_size * layers * keys  # and their product with the values
         inputs = [linears[name] for name in ("q_proj", "k_proj", "v_proj")]
-        first = 2.0 * tokens * sum(i * o + lora_rank * i for i, o in inputs)
+        first = 0.0 if full else 2.0 * tokens * sum(i * o + rank * i for i, o in inputs)
         head = 2.0 * model.vocab_size * model.hidden_size * scored
-        return cls(base + factors + scores, base + 2 * factors + attention * scores, base + scores, head, first)
+        backward = (2 if full else 1) * base + 2 * factors + attention * scores
+        return cls(base + factors + scores, backward, base + scores, head, first, head if full else 0.0)
 
 
 def packed_flops(
-    pairs: list[PairLengths], model: Model, lora_rank: int, reference: bool, checkpointing: bool = False
+    pairs: list[PairLengths], model: Model, lora_rank: int | None, reference: bool, checkpointing: bool = False
 ) -> float:
     """One epoch of fastdpo over packed pairs; `reference` says whether the reference runs too.
 
-    Head: logits and dH, no third product. Nothing below the first layer trains, so its inputs need no gradient.
+    Head: logits and dH, and dW where it trains. Under LoRA nothing below the first layer trains, so its inputs need no
+    gradient.
     """
     passes = _packed(pairs, model, lora_rank, sum(map(_rectangles, pairs)), 2.5)
-    total = passes.policy_forward + passes.backward + 2 * passes.head - passes.first_inputs
+    total = passes.policy_forward + passes.backward + 2 * passes.head + passes.head_weight - passes.first_inputs
     total += passes.reference_forward + passes.head if reference else 0
     return total + (passes.policy_forward if checkpointing else 0)
 
 
-def needed_flops(pairs: list[PairLengths], model: Model, lora_rank: int, reference: bool) -> float:
+def needed_flops(pairs: list[PairLengths], model: Model, lora_rank: int | None, reference: bool) -> float:
     """The least of one epoch: `packed_flops` with half of the attention, its backward four products for two."""
     passes = _packed(pairs, model, lora_rank, sum(map(_triangles, pairs)), 2.0)
-    total = passes.policy_forward + passes.backward + 2 * passes.head - passes.first_inputs
+    total = passes.policy_forward + passes.backward + 2 * passes.head + passes.head_weight - passes.first_inputs
     return total + (passes.reference_forward + passes.head if reference else 0)
 
 
-def _packed(pairs: list[PairLengths], model: Model, lora_rank: int, keys: float, attention: float) -> Passes:
+def _packed(pairs: list[PairLengths], model: Model, lora_rank: int | None, keys: float, attention: float) -> Passes:
     scored = sum(pair.chosen + pair.rejected for pair in pairs)
     return Passes.of(model, lora_rank, sum(pair.prompt for pair in pairs) + scored, scored, keys, attention)
 
@@ -94,7 +99,7 @@ def _triangles(pair: PairLengths) -> float:
 def padded_flops(
     pairs: list[PairLengths],
     model: Model,
-    lora_rank: int,
+    lora_rank: int | None,
     micro_batch: int,
     reference: bool,
     checkpointing: bool,
@@ -112,13 +117,13 @@ def padded_flops(
         keys += 2 * len(batch) * longest * longest
     scored = padded_positions(pairs, micro_batch) if all_rows else sum(pair.chosen + pair.rejected for pair in pairs)
     passes = Passes.of(model, lora_rank, tokens, scored, keys, 2.5)
-    total = passes.policy_forward + passes.backward + 3 * passes.head
+    total = passes.policy_forward + passes.backward + 3 * passes.head + passes.head_weight
     total += passes.policy_forward if checkpointing else -passes.first_inputs
     return total + (passes.reference_forward + passes.head if reference else 0)
 
 
 def padded_reference_flops(
-    pairs: list[PairLengths], model: Model, lora_rank: int, micro_batch: int, all_rows: bool
+    pairs: list[PairLengths], model: Model, lora_rank: int | None, micro_batch: int, all_rows: bool
 ) -> float:
     """The reference of the same epoch alone, as TRL precomputes it."""
     both = (padded_flops(pairs, model, lora_rank, micro_batch, on, False, all_rows) for on in (True, False))

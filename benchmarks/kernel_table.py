@@ -236,19 +236,43 @@ def predictions(device: Device) -> str:
     )
 
 
-def summary(result: dict[str, Any]) -> str:
-    """The front page's table: milliseconds of the first shape."""
-    shape = tuple(DEVICES[result["device"]].kernels.heads[0])
-    rows = [row for row in result["rows"] if row["op"] == "linear_logps" and tuple(row["shape"]) == shape]
-    cells = {(row["contender"], row["wants"]): row for row in rows}
-    lines = []
-    for name in _contenders(rows):
-        found = [cells.get((name, wants)) for wants in WANTS]
-        times = ["" if row is None or not _ran(row) else _number(1e3 * row["median"]) for row in found]
-        if any(times):
-            lines.append([name, *times])
-    machine = machine_in_words(result["machine"])
-    return (
-        f"Token log-probs of an LM head, N={shape[0]}, V={shape[1]}, D={shape[2]}, {rows[0]['dtype']}, {machine}, "
-        f"{result['date']}:\n\n" + table(["ms", *WANTS], lines) + "\n"
-    )
+def front_table(result: dict[str, Any], device: Device) -> str:
+    """A row a task: the fastest ways of fastdpo, of TRL and of all others, and the leanest that is not fastdpo's. Each
+    kernel is at its first shape.
+    """
+    shapes = {op: next((tuple(row["shape"]) for row in result["rows"] if row["op"] == op), None) for op in OPS}
+    shapes["linear_logps"] = device.kernels.heads[0]
+    tasks: dict[tuple[str, str], list[Row]] = {}
+    for row in result["rows"]:
+        shown = row["op"] != "pair_loss" or row["wants"] == "sigmoid, forward and backward"
+        if shown and tuple(row["shape"]) == shapes[row["op"]] and _ran(row):
+            tasks.setdefault((row["op"], row["wants"]), []).append(row)
+    ordered = sorted(tasks.items(), key=lambda task: OPS.index(task[0][0]))
+    lines = [_front_row(op, wants, rows) for (op, wants), rows in ordered]
+    return table(["ms; % of the roofline; peak MiB", "fastdpo", "TRL", "fastest other", "leanest other"], lines)
+
+
+def _front_row(op: str, wants: str, rows: list[Row]) -> list[str]:
+    ours, trl, others = [], [], []
+    for row in rows:
+        name = row["contender"]
+        (ours if name.startswith("fastdpo") else trl if name.startswith("TRL") else others).append(row)
+    shape = "x".join(map(str, rows[0]["shape"]))
+    cells = [_front_cell(found, _seconds) for found in (ours, trl, others)]
+    leanest = _front_cell(trl + others, lambda row: row["peak_bytes"]) if ours and ours[0]["of_roofline"] else ""
+    return [f"{op} {shape} {rows[0]['dtype']}, {wants}", *cells, leanest]
+
+
+def _front_cell(rows: list[Row], least: Callable[[Row], float]) -> str:
+    """The first of them by that; "" where none ran."""
+    if not rows:
+        return ""
+    row = min(rows, key=least)
+    cell = _number(1e3 * _seconds(row)) + (f"; {100 * row['of_roofline']:.0f}%" if row["of_roofline"] else "")
+    cell += f"; {_number(row['peak_bytes'] / MiB)}" if row["of_roofline"] else ""
+    return f"{row['contender']}: {cell}"
+
+
+def _seconds(row: Row) -> float:
+    """A GPU's own where calls were captured, else of a call."""
+    return row["seconds_in_graph"] or row["median"]

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory_table, workload
+from benchmarks import memory_table, picture, workload
 from benchmarks.device import DEVICES, ROOT, Device
 from benchmarks.memory_table import CONTEXT, GiB, pair
 from benchmarks.models import MODELS, quantised
@@ -266,9 +266,10 @@ def main(options: Namespace) -> int:
     text = json.dumps(result, indent=1) + "\n"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text)
-    memory_table.draw(json.loads(text), output.with_suffix(".png"))
+    for file, drawing in picture.files(output, *memory_table.picture_of(json.loads(text))).items():
+        file.write_text(drawing)
     print(memory_table.render(json.loads(text)))
-    print(f"written to {output} and {output.with_suffix('.png').name}")
+    print(f"written to {output}, and drawn in {output.with_suffix('.svg').name}")
     failed = result["contenders"].get("fastdpo", {}).get("failed")
     if failed:
         print(f"error: fastdpo: {failed}", file=sys.stderr)

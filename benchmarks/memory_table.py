@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks import picture
 from benchmarks.markdown import machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS, quantised
+from benchmarks.picture import Bar
 from benchmarks.workload import PROFILES, PairLengths
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +50,7 @@ def render(result: dict[str, Any]) -> str:
     model = MODELS[quantised(result["model"])].title
     pieces = [_heading(result, model), *(_table(result, prompt) for prompt in result["prompts"])]
     stem = Path(file_name(result["device"], result["model"]) if result["measured"] else plan_file(result["model"])).stem
-    pieces.append(f"![tokens of the longest pair against memory](results/{stem}.png)")
+    pieces.append(picture.markdown(f"results/{stem}", "tokens of the longest pair, by the memory of the card"))
     return "\n\n".join([*pieces, "\n".join(f"- {note}" for note in _notes(result))]) + "\n"
 
 
@@ -146,54 +149,42 @@ def waiting_aims(folder: Path) -> list[list[str]]:
 
 def predictions(folder: Path) -> str:
     """The plan's, where nothing is measured; "" where they were not written down."""
-    file = folder / plan_file(MODEL)
-    if (folder / file_name("cuda", MODEL)).exists() or not file.exists():
-        return ""
-    return render(json.loads(file.read_text()))
+    return "\n".join(render(json.loads(file.read_text())) for file in _predicted(folder))
 
 
-COLOURS = {"fastdpo": "#0b6e4f", "TRL": "#c1440e", "TRL, offloading": "#e0a458"}
+def picture_of(result: dict[str, Any]) -> tuple[str, str, dict[str, list[Bar]]]:
+    """Title, scale and bars of the longest responses, a group for each card; the plan's only where none is measured."""
+    prompt = result["prompts"][0]
+    what = "Measured" if result["measured"] else "Predicted by fastdpo plan, not measured"
+    title = f"The longest pair that trains: {MODELS[quantised(result['model'])].title}, LoRA"
+    scale = f"{what}. By the memory of the card, tokens of a pair's two responses end to end; {PROMPTS[prompt]}."
+    return title, scale, {f"{gib} GiB": _bars(result, prompt, gib) for gib in result["gibs"]}
 
 
-def draw(result: dict[str, Any], file: Path) -> None:
-    """Tokens of the longest pair, its prompt once, against memory: a panel for each kind of prompt."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.4 * len(result["prompts"]), 4.4), layout="constrained")
-    axes = figure.subplots(1, len(result["prompts"]), squeeze=False, sharey=True)[0]
-    for axis, prompt in zip(axes, result["prompts"], strict=True):
-        _panel(axis, result, prompt)
-    axes[0].set_ylabel("tokens of the longest pair, its prompt once")
-    what = "measured" if result["measured"] else "predicted by fastdpo's plan, nothing measured"
-    figure.suptitle(f"{MODELS[quantised(result['model'])].title}, LoRA r={result['lora_rank']}, one pair: {what}")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=90, metadata={"Software": None})
-
-
-def _panel(axis: Any, result: dict[str, Any], prompt: str) -> None:
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    def line(lengths: dict[int, int], **style: Any) -> None:
-        points = {gib: pair(prompt, length).tokens for gib, length in lengths.items() if length}
-        axis.plot(list(points), list(points.values()), **style)
-
+def _bars(result: dict[str, Any], prompt: str, gib: int) -> list[Bar]:
+    bars = []
     for name, row in result["contenders"].items():
-        found = {int(gib): cell["response"] for gib, cell in row["longest"][prompt].items()}
-        line(found, marker="o", label=name, color=COLOURS.get(name))
-    expected = {int(gib): length for gib, length in result["predicted"].get(prompt, {}).items()}
-    if expected:
-        line(expected, marker="s", linestyle="--", color="#555555", label="fastdpo, predicted")
-    if wanted := {gib: aim[0] for gib in result["gibs"] if (aim := aims(result["model"], prompt, gib))}:
-        line(wanted, linestyle="", marker="_", markersize=16, color="#0b6e4f", label="aim")
-        single = {gib: tokens for gib, tokens in UNSLOTH.items() if gib in wanted}
-        style = {"linestyle": ":", "marker": "x", "color": "#888888"}
-        axis.plot(list(single), list(single.values()), label="Unsloth, published, one sequence", **style)
-    axis.set_title(PROMPTS[prompt], fontsize=10)
-    axis.set_xlabel("memory of the card, GiB")
-    axis.set_xticks(result["gibs"])
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+        cell = row["longest"][prompt][str(gib)]
+        kind = "ours" if name == "fastdpo" else "theirs"
+        bars.append(Bar(name, cell["response"], _with_commas(_found(cell, [])), kind, 2))
+    if not result["measured"] and (expected := result["predicted"].get(prompt, {}).get(str(gib))) is not None:
+        bars.append(Bar("fastdpo, predicted", expected, f"2 x {expected:,}" if expected else "none", "ours", 2))
+    if result["model"] == MODEL and prompt == "short" and gib in UNSLOTH:
+        bars.append(Bar("Unsloth, published", UNSLOTH[gib], f"{UNSLOTH[gib]:,}, one sequence", "quoted"))
+    return bars
+
+
+def _with_commas(text: str) -> str:
+    return re.sub(r"\d{4,}", lambda number: f"{int(number[0]):,}", text)
+
+
+def pictures(folder: Path) -> dict[Path, tuple[str, str, dict[str, list[Bar]]]]:
+    """What is drawn beside a file: each measurement, and the plan's prediction where none is there."""
+    files = sorted(folder.glob("memory-*.json")) + _predicted(folder)
+    return {file: picture_of(json.loads(file.read_text())) for file in files}
+
+
+def _predicted(folder: Path) -> list[Path]:
+    """The plan's file, where nothing is measured and it was written down."""
+    file = folder / plan_file(MODEL)
+    return [file] if file.exists() and not (folder / file_name("cuda", MODEL)).exists() else []

@@ -1,7 +1,7 @@
 """Models by their shapes: costs depend on nothing else, so weights are random and nothing is downloaded.
 
 `--model` takes their names, and `--load-in-4bit` their quantised twins. All are of the Llama kind: attention with
-grouped queries, a gated MLP, RMS norms.
+grouped queries, a gated MLP, RMS norms (StableLM: layer norms).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class Model:
     qkv_bias: bool  # on the projections to queries, keys and values
     learning_rate: float  # of the benchmarks: high, so that a few steps move the loss and equal curves mean something
     in_4_bits: bool = False  # NF4 with double quantisation, of all linear modules but the head
+    packs: bool = True  # whether its attention takes fastdpo's packed pairs
 
     @property
     def head_size(self) -> int:
@@ -50,8 +51,9 @@ class Model:
         """Parameters by part, by arithmetic: the head is the embedding again where they are tied."""
         embedding = self.vocab_size * self.hidden_size
         biases = sum(self.linears[name][1] for name in ("q_proj", "k_proj", "v_proj")) if self.qkv_bias else 0
-        layer = sum(i * o for i, o in self.linears.values()) + biases + 2 * self.hidden_size
-        trunk = self.num_hidden_layers * layer + self.hidden_size
+        norm = self.hidden_size * (2 if self.family == "stablelm" else 1)  # layer norms have biases
+        layer = sum(i * o for i, o in self.linears.values()) + biases + 2 * norm
+        trunk = self.num_hidden_layers * layer + norm
         head = 0 if self.tie_word_embeddings else embedding
         return {"trunk": trunk, "embedding": embedding, "untied_head": head, "total": trunk + embedding + head}
 
@@ -66,9 +68,11 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a number: its code, and its shar
 
 # Learning rates. 16 layers 512 wide, bf16 on a CPU, 2026-11-22: when pairs come a second time their loss is 0.62 from
 # 3e-5, 0.35 from 1e-4, 0.13 from 3e-4. What a step does grows about as the width; a loss near 0 would compare nothing.
+# 20M parameters with a trunk larger than the head, as real models have
+_20M = Model("20m", "a Llama of 20M parameters", "llama", 32_000, 256, 704, 16, 4, 2, True, False, 3e-4)
 _MODELS = (
-    # 20M parameters with a trunk larger than the head, as real models have
-    Model("20m", "a Llama of 20M parameters", "llama", 32_000, 256, 704, 16, 4, 2, True, False, 3e-4),
+    _20M,
+    replace(_20M, name="20m-stablelm", title="a StableLM of 20M parameters", family="stablelm", packs=False),
     Model("llama-3.2-1b", "Llama-3.2-1B's shape", "llama", 128_256, 2048, 8192, 16, 32, 8, True, False, 3e-5),
     Model("llama-3.1-8b", "Llama-3.1-8B's shape", "llama", 128_256, 4096, 14_336, 32, 32, 8, False, False, 1.5e-5),
     Model("qwen2.5-7b", "Qwen2.5-7B's shape", "qwen2", 152_064, 3584, 18_944, 28, 28, 4, False, True, 1.5e-5),

@@ -7,6 +7,7 @@ the model do not. On a GPU a step with another model comes first.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import sys
@@ -48,6 +49,8 @@ class RunSpec:
     longest_first: bool = False  # rows sorted by length instead of as they come
     response_rows_only: bool = False  # TRL only: its head told to skip prompt and padding positions where it does not
     count_flops: bool = False
+    full: bool = False  # all weights train, in place of LoRA factors
+    processor_time: bool = False  # its own, for a machine that does other work too, in place of the wall clock's
     threads: int = 2
     site: str = ""  # a folder of packages that goes before the installed ones
 
@@ -56,6 +59,11 @@ class RunSpec:
         """In the order of training."""
         lengths = workload.pair_lengths(PROFILES[self.profile], self.pairs)
         return [lengths[i] for i in workload.longest_first(lengths)] if self.longest_first else lengths
+
+    @property
+    def lora_rank(self) -> int | None:
+        """None where all weights train."""
+        return None if self.full else LORA_RANK
 
     @property
     def micro_batch(self) -> int:
@@ -105,14 +113,15 @@ def _train(trainer: Trainer, spec: RunSpec, rows: list[dict[str, str]], room: in
     device.restart_peak()
     baseline = device.peak_memory()
     with tempfile.TemporaryDirectory() as output_dir, flop_counter or nullcontext():
-        start, cpu_start = time.perf_counter(), time.process_time()
-        probe: Any = _probe(start, device, flop_counter, spec.stop_after)
+        clock = _stopwatch(time.process_time if spec.processor_time else time.perf_counter)
+        cpu_start = time.process_time()
+        probe: Any = _probe(clock, device, flop_counter, spec.stop_after)
         settings = {**common_settings(spec, room), "output_dir": output_dir, **spec.settings}
         training = trainer.build(model, dataset, settings, probe, spec)
         training.train()
         device.wait()
         cpu_seconds = time.process_time() - cpu_start
-        probe.seconds[-1] = time.perf_counter() - start  # what a trainer does after its last epoch is part of it
+        probe.seconds[-1] = clock()  # what a trainer does after its last epoch is part of it
     history = [row for row in training.state.log_history if "loss" in row]
     return RunResult(
         seconds=probe.seconds,
@@ -169,7 +178,7 @@ def _fastdpo() -> Trainer:
             args=DPOConfig(**settings),
             train_dataset=rows,
             processing_class=workload.word_tokenizer(),
-            peft_config=lora(),
+            peft_config=None if spec.full else lora(),
             callbacks=[] if probe is None else [probe],
         )
 
@@ -186,10 +195,11 @@ def _trl() -> Trainer:
             utils._use_triton = lambda device: True
         trainer = DPOTrainer(
             model=model,
+            ref_model=copy.deepcopy(model) if spec.full else None,  # TRL would read it from disk
             args=DPOConfig(**settings),
             train_dataset=rows,
             processing_class=workload.word_tokenizer(),
-            peft_config=lora(),
+            peft_config=None if spec.full else lora(),
             callbacks=[] if probe is None else [probe],
         )
         if DEVICES[spec.device].dtype == "float32":  # TRL has adapters of 4-bit weights in bf16, whatever the rest is
@@ -249,8 +259,13 @@ def same_adapters(model: Any) -> None:
             parameter.data.copy_(drawn * parameter.shape[1] ** -0.5)
 
 
+def _stopwatch(clock: Callable[[], float]) -> Callable[[], float]:
+    start = clock()
+    return lambda: clock() - start
+
+
 def _probe(
-    start: float, device: Device, flop_counter: FlopCounterMode | None, stop_after: int | None
+    clock: Callable[[], float], device: Device, flop_counter: FlopCounterMode | None, stop_after: int | None
 ) -> TrainerCallback:
     """A callback that gives both trainers the same LoRA factors and reads clock and counter around each epoch."""
     from transformers import TrainerCallback
@@ -262,7 +277,7 @@ def _probe(
 
         def read(self) -> None:
             device.wait()
-            self.seconds.append(time.perf_counter() - start)
+            self.seconds.append(clock())
             if flop_counter is not None:
                 self.flops.append(flop_counter.get_total_flops())
 

@@ -27,7 +27,7 @@ from benchmarks import flops, workload
 from benchmarks.device import DEVICES, ROOT, Device, Tolerances
 from benchmarks.models import MODELS, Model
 from benchmarks.provenance import provenance
-from benchmarks.run import LORA_RANK, RunResult, RunSpec
+from benchmarks.run import RunResult, RunSpec
 from benchmarks.table import LATER, render, span_in_words
 from benchmarks.workload import PROFILES
 
@@ -94,6 +94,8 @@ def configurations(
         without["TRL tuned, Liger"] = "not run: TRL tuned is it already"
     if not installed("unsloth", unsloth):
         without["Unsloth"] = "not installed"
+    elif base.full:
+        without["Unsloth"] = "not run: its recipe here is LoRA's"
     named = {name: specs[name] for name in device.contenders}
     return named, {name: why for name, why in without.items() if name in named}
 
@@ -166,9 +168,11 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
     origin = provenance(machine, options.threads, packages, options.commit)
     clock = Clock(options.seconds, device.time_limit)
     task = options.model, options.profile, options.pairs, options.epochs, options.batch
-    base = RunSpec("fastdpo", device.name, *task, threads=options.threads)
+    how = {"full": options.full, "processor_time": options.processor_time, "threads": options.threads}
+    base = RunSpec("fastdpo", device.name, *task, **how)
     tuned = tuned_spec(base, device, machine)
-    peak = peak_rate(device, machine, options.threads)
+    # beside other work a product's wall time says little of what the processor reaches, so there is no MFU
+    peak = None if options.processor_time else peak_rate(device, machine, options.threads)
     tuning = search_tuned(tuned, device, clock) if options.tune else []
     if best := fastest(tuning):
         tuned = replace(tuned, settings=best["settings"], attention=best["attention"])
@@ -184,15 +188,17 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
             rows[name] = {"spec": asdict(spec), "failed": failed[name], "curve_differs": name in differ}
             rows[name]["runs"] = [asdict(run) for run in runs[name]]
         else:
-            rows[name] = summary(spec, runs[name], flops_at(spec, counts.get(name)), spans, peak["flops"])
+            rows[name] = summary(
+                spec, runs[name], flops_at(spec, counts.get(name)), spans, peak["flops"] if peak else None
+            )
     return {
         "benchmark": "step",
         "device": device.name,
         "model": options.model,
         "profile": options.profile,
         **origin,
-        "peak": peak,
-        "workload": describe_workload(options, device),
+        **({"peak": peak} if peak else {}),
+        "workload": describe_workload(base, options.repeat),
         "tolerances": asdict(device.tolerances),
         "configurations": rows,
         "uncounted": uncounted,
@@ -395,20 +401,24 @@ def flops_at(spec: RunSpec, count: RunResult | None) -> list[float]:
     model, lengths = MODELS[spec.model], spec.lengths
     if spec.trainer == "fastdpo":
         lean = bool(spec.settings.get("gradient_checkpointing"))
-        first, later = (flops.packed_flops(lengths, model, LORA_RANK, on, lean) for on in (True, False))
+        first, later = (flops.packed_flops(lengths, model, spec.lora_rank, on, lean) for on in (True, False))
         return [0.0] + [first + later * epoch for epoch in range(spec.epochs)]
     if spec.trainer != "trl":
         return []
     all_rows = not (spec.response_rows_only or DEVICES[spec.device].head_skips_rows)
     ahead = bool(spec.settings.get("precompute_ref_log_probs"))
-    before = flops.padded_reference_flops(lengths, model, LORA_RANK, spec.micro_batch, all_rows) if ahead else 0.0
+    before = flops.padded_reference_flops(lengths, model, spec.lora_rank, spec.micro_batch, all_rows) if ahead else 0.0
     checkpointing = spec.settings.get("gradient_checkpointing", True)
-    each = flops.padded_flops(lengths, model, LORA_RANK, spec.micro_batch, not ahead, checkpointing, all_rows)
+    each = flops.padded_flops(lengths, model, spec.lora_rank, spec.micro_batch, not ahead, checkpointing, all_rows)
     return [before + each * epoch for epoch in range(spec.epochs + 1)]
 
 
 def summary(
-    spec: RunSpec, runs: list[RunResult], flop_totals: list[float], spans: dict[str, tuple[int, int]], peak_flops: float
+    spec: RunSpec,
+    runs: list[RunResult],
+    flop_totals: list[float],
+    spans: dict[str, tuple[int, int]],
+    peak_flops: float | None,
 ) -> dict[str, Any]:
     """Medians over the repeats, beside the runs they come from."""
     pairs = {span: spec.pairs * (end - begin) for span, (begin, end) in spans.items()}
@@ -424,7 +434,7 @@ def summary(
         "pairs_per_second": {span: pairs[span] / seconds[span] for span in spans},
         "tokens_per_second": {span: tokens * pairs[span] / seconds[span] for span in spans},
         "flops_per_pair": work,
-        "mfu": {span: needed[span] * pairs[span] / seconds[span] / peak_flops for span in spans},
+        "mfu": {span: needed[span] * pairs[span] / seconds[span] / peak_flops for span in spans} if peak_flops else {},
         "peak_memory": peak,
         "added_memory": peak - median(run.baseline_memory for run in runs),
         "runs": [asdict(run) for run in runs],
@@ -439,7 +449,8 @@ def ratios(rows: dict[str, dict[str, Any]], spans: dict[str, tuple[int, int]]) -
     values: dict[str, float] = {}
     for span in spans:
         words = span_in_words(span)
-        values[f"MFU of fastdpo, {words}"] = ours["mfu"][span]
+        if ours["mfu"]:
+            values[f"MFU of fastdpo, {words}"] = ours["mfu"][span]
         for name, theirs in others.items():
             values[f"speed of fastdpo / {name}, {words}"] = _speed(ours, theirs, span)
             if ours["flops_per_pair"] and theirs["flops_per_pair"]:
@@ -463,7 +474,7 @@ def _speed(ours: dict[str, Any], theirs: dict[str, Any], span: str) -> float:
 def by_formula(spec: RunSpec, spans: dict[str, tuple[int, int]], formula: Any) -> dict[str, float]:
     """FLOPs a pair of a step that runs the reference in the first epoch only."""
     lengths, model = workload.pair_lengths(PROFILES[spec.profile], spec.pairs), MODELS[spec.model]
-    first, later = (formula(lengths, model, LORA_RANK, on) for on in (True, False))
+    first, later = (formula(lengths, model, spec.lora_rank, on) for on in (True, False))
     totals = [0, first, first + later]
     return {name: over(span, totals) / (spec.pairs * (span[1] - span[0])) for name, span in spans.items()}
 
@@ -474,18 +485,18 @@ def rows_for(device: Device, model: Model, profile: workload.Profile, batch: int
     return batch * max(2, round(min(pairs, device.most_pairs) / batch))
 
 
-def describe_workload(options: Namespace, device: Device) -> dict[str, Any]:
-    model = MODELS[options.model]
-    lengths = workload.pair_lengths(PROFILES[options.profile], options.pairs)
+def describe_workload(spec: RunSpec, repeat: int) -> dict[str, Any]:
+    model, lengths = MODELS[spec.model], spec.lengths
     totals = [pair.prompt + side for pair in lengths for side in (pair.chosen, pair.rejected)]
     return {
-        "pairs": options.pairs,
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "repeat": options.repeat,
-        "dtype": device.dtype,
+        "pairs": spec.pairs,
+        "epochs": spec.epochs,
+        "batch": spec.batch,
+        "repeat": repeat,
+        "processor_time": spec.processor_time,
+        "dtype": DEVICES[spec.device].dtype,
         "learning_rate": model.learning_rate,
-        "lora_rank": LORA_RANK,
+        "lora_rank": spec.lora_rank,
         "parameters": model.parameters,
         "vocabulary": model.vocab_size,
         "median_tokens": median(totals),

@@ -1,4 +1,4 @@
-"""Markdown from results/*.json; two README.md hold it between markers, and a test holds them to it.
+"""The page of all results, from results/*.json; pages.py writes it between markers, and a test holds it to them.
 
 Numbers come from the files alone; what is said of a device beside them, and the aims, stand in device.py.
 """
@@ -6,21 +6,17 @@ Numbers come from the files alone; what is said of a device beside them, and the
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_table, memory_table, parts, trace
+from benchmarks import kernel_table, memory_table, parts, trace, worst
 from benchmarks.device import CPU, CUDA, DEVICES, Device, step_aim
-from benchmarks.markdown import machine_in_words, table, versions_in_words
+from benchmarks.markdown import PROCESSOR_TIME, machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS
 from benchmarks.workload import PROFILES
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent / "README.md"
-FRONT_PAGE = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- begin generated: python -m benchmarks table -->", "<!-- end generated -->"
 LATER = "later"  # the span of all epochs after the first
 
 # What is to be measured, in the order of the tables: benchmark, device, model, profile -> the command that does it.
@@ -34,6 +30,7 @@ PLANNED = {
     ("step", CUDA.name, _8B, "ultrafeedback"): "make gpu-step-8b-ultrafeedback",
     ("step", CUDA.name, _8B, "capybara"): f"{_STEP} {_8B} --profile capybara",
     ("step", CUDA.name, _8B, "tldr"): f"{_STEP} {_8B} --profile tldr",
+    ("step", CUDA.name, _8B, "no-prompt"): f"{_STEP} {_8B} --profile no-prompt",
     ("step", CUDA.name, "qwen2.5-7b", "hh-rlhf"): f"{_STEP} qwen2.5-7b",
     ("step", CUDA.name, "mistral-7b", "hh-rlhf"): f"{_STEP} mistral-7b",
     ("step", CUDA.name, _7B_NF4, "ultrafeedback"): "make gpu-step-mistral-nf4",
@@ -52,8 +49,12 @@ _IN_4_BITS = (
 )
 
 
-def file_name(benchmark: str, device: str, model: str, profile: str) -> str:
-    return f"{benchmark}-{device}-{model}-{profile}.json"
+BATCH = 8  # pairs an optimizer step, where a file's name does not say otherwise
+
+
+def file_name(benchmark: str, device: str, model: str, profile: str, batch: int = BATCH, full: bool = False) -> str:
+    names = [benchmark, device, model, profile] + [f"batch-{batch}"] * (batch != BATCH) + ["full"] * full
+    return f"{'-'.join(names)}.json"
 
 
 def in_order(benchmark: str, folder: Path) -> list[Path]:
@@ -65,10 +66,19 @@ def in_order(benchmark: str, folder: Path) -> list[Path]:
 
 def render(result: dict[str, Any]) -> str:
     """One result as a heading, the runs, the ratios with their aims, and what the numbers leave out."""
-    pieces = [_heading(result), _runs(result), _ratios(result), _notes(result)]
+    return f"{_measured(result)}\n{_listed(notes(result))}\n"
+
+
+def _measured(result: dict[str, Any]) -> str:
+    """What is this result's own."""
+    pieces = [_heading(result), _runs(result), _ratios(result), *([aims] if (aims := _aims(result)) else [])]
     if result["tuning"]:
-        pieces.insert(3, _tuning(result["tuning"]))
-    return "\n\n".join(pieces) + "\n"
+        pieces.append(_tuning(result["tuning"]))
+    return "\n\n".join([*pieces, _listed(own_notes(result))]) + "\n"
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _heading(result: dict[str, Any]) -> str:
@@ -76,16 +86,20 @@ def _heading(result: dict[str, Any]) -> str:
     sizes = work["parameters"]
     head = "untied" if sizes["untied_head"] else "tied to the embedding"
     return (
-        f"### A training step on {DEVICES[result['device']].title}: {MODELS[result['model']].title}, pairs as long as "
-        f"{PROFILES[result['profile']].title}'s\n\n"
+        f"### A training step on {DEVICES[result['device']].title}: {MODELS[result['model']].title}, "
+        f"{PROFILES[result['profile']].pairs}\n\n"
         f"{_million(sizes['total'])} parameters ({_million(sizes['trunk'])} trunk, "
         f"{_million(sizes['embedding'])} embedding over {work['vocabulary']} tokens, head {head}), "
-        f"LoRA r={work['lora_rank']} on all linear modules, {work['dtype']}. {work['pairs']} pairs, "
+        f"{what_trains(work)}, {work['dtype']}. {work['pairs']} pairs, "
         f"{work['batch']} an optimizer step, {work['median_tokens']:.0f} tokens a sequence (median; longest "
         f"{work['longest']}), prompts {work['prompt_to_response']:.2f} times as long as a response.\n\n"
         f"{machine_in_words(machine)}; load before the runs {result['load_before']:.1f}. {versions_in_words(result)}. "
         f"Medians of {work['repeat']}."
     )
+
+
+def what_trains(work: dict[str, Any]) -> str:
+    return f"LoRA r={work['lora_rank']} on all linear modules" if work["lora_rank"] else "all weights train"
 
 
 def _runs(result: dict[str, Any]) -> str:
@@ -120,12 +134,34 @@ def _without_empty_columns(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _ratios(result: dict[str, Any]) -> str:
+    """fastdpo over each other contender that ran: a row for each of them."""
+    values = {ratio["name"]: ratio["value"] for ratio in result["ratios"]}
+    others = [name for name, row in result["configurations"].items() if "failed" not in row and _is_other(name)]
+    columns = {
+        f"{what}, {words}": f"{what} of fastdpo / {{}}, {words}"
+        for what in ("speed", "FLOPs")
+        for words in map(span_in_words, result["formula_flops_per_pair"])
+    }
+    columns |= {"peak memory": "peak memory of fastdpo / {}"}
+    columns |= {"memory added by training": "memory added by training, fastdpo / {}"}
+    found = [[values.get(name.format(other)) for name in columns.values()] for other in others]
+    rows = [["" if value is None else f"{value:.2f}" for value in row] for row in found]
+    cells = [[other, *row] for other, row in zip(others, rows, strict=True)]
+    return _without_empty_columns(["fastdpo's, as a multiple of that of", *columns], cells)
+
+
+def _is_other(name: str) -> bool:
+    return not name.startswith("fastdpo")
+
+
+def _aims(result: dict[str, Any]) -> str:
+    """Of this setting; "" where it has none."""
     rows = []
     for ratio in result["ratios"]:
-        aim = step_aim(result, ratio["name"])
-        verdict = [str(aim), "met" if aim.met(ratio["value"]) else "missed"] if aim else ["", ""]
-        rows.append([ratio["name"], f"{ratio['value']:.2f}", *verdict])
-    return table(["ratio", "measured", "aim", ""], rows)
+        if aim := step_aim(result, ratio["name"]):
+            verdict = "met" if aim.met(ratio["value"]) else "missed"
+            rows.append([ratio["name"], f"{ratio['value']:.2f}", str(aim), verdict])
+    return table(["ratio", "measured", "aim", ""], rows) if rows else ""
 
 
 def _tuning(tuning: list[dict[str, Any]]) -> str:
@@ -140,30 +176,39 @@ def _settings(row: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in named.items())
 
 
-def _notes(result: dict[str, Any]) -> str:
-    device, rows = DEVICES[result["device"]], result["configurations"]
+def own_notes(result: dict[str, Any]) -> list[str]:
+    """What is to be said of one result beside its numbers."""
+    rows = result["configurations"]
     tuned = ", ".join(f"`{setting}`" for setting in _settings(rows["TRL tuned"]["spec"]).split(", "))
+    return [
+        *([PROCESSOR_TIME] if result["workload"].get("processor_time") else []),
+        f"TRL tuned: {tuned}, rows sorted by length.",
+        *([_IN_4_BITS] if MODELS[result["model"]].in_4_bits else []),
+        *(f"{name} failed: `{row['failed']}`" for name, row in rows.items() if "failed" in row),
+        *(f"FLOPs of {name} are by formula, as counting failed: `{why}`" for name, why in result["uncounted"].items()),
+    ]
+
+
+def notes(result: dict[str, Any]) -> list[str]:
+    """What results of a device have in common."""
+    device = DEVICES[result["device"]]
     default = "TRL default is TRL 1.16 as it comes (gradient checkpointing on, reference online)."
-    if epochs := rows["TRL default"]["spec"]["stop_after"]:
+    if device.trl_default_epochs:
         default += (
-            f" It runs {span_in_words(str(epochs))}; its later epochs do the same work and count as much as the first."
+            f" It runs {span_in_words(str(device.trl_default_epochs))}; its later epochs do the same work and count as "
+            "much as the first."
         )
     flops = "counted by torch, in runs of their own" if device.counts else "by formula"
-    notes = [
+    return [
         "Wall time runs from text rows in memory and a built model to a trained model: tokenization, adapters, a "
         "precomputed reference and training count, imports and building the model do not.",
         _gate(result["tolerances"]),
         default,
-        f"TRL tuned: {tuned}, rows sorted by length. Precomputing the reference counts.",
         *device.notes,
-        *([_IN_4_BITS] if MODELS[result["model"]].in_4_bits else []),
         f"fastdpo runs the reference in the first epoch only. FLOPs are {flops}; attention counts as full rectangles "
         "for both.",
         *([_mfu(result["peak"])] if "peak" in result else []),
-        *(f"{name} failed: `{row['failed']}`" for name, row in rows.items() if "failed" in row),
-        *(f"FLOPs of {name} are by formula, as counting failed: `{why}`" for name, why in result["uncounted"].items()),
     ]
-    return "\n".join(f"- {note}" for note in notes)
 
 
 def _mfu(peak: dict[str, Any]) -> str:
@@ -201,12 +246,13 @@ WITHOUT_COMMAND = (
     "encoder-decoders, rows with images, embedding noise, samples and runs that go on: none has run on a GPU, nor is "
     "there a command",
 )
-RENDER = {"step": render, "parts": parts.render, "trace": trace.render, "memory": memory_table.render}
+RENDER = {"parts": parts.render, "trace": trace.render, "memory": memory_table.render}
 
 
 def generated(folder: Path = RESULTS) -> str:
-    """A table for each file of results/, and what no file holds yet, as it stands between the markers."""
-    pieces = [draw(_read(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
+    """A table for each file of results/, but for those of worst.py, and what no file holds yet."""
+    pieces = _steps(folder)
+    pieces += [draw(_read(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
     pieces += [kernel_table.render(_read(file)) for file in sorted(folder.glob("kernels-*.json"))]
     kernels = [device for device in DEVICES.values() if not (folder / f"kernels-{device.name}.json").exists()]
     if missing := [*unmeasured(folder), *(device.kernels.unmeasured for device in kernels)]:
@@ -215,6 +261,18 @@ def generated(folder: Path = RESULTS) -> str:
     pieces += [kernel_table.predictions(device) for device in kernels if device.kernels.expected]
     pieces += [drawn for device in DEVICES.values() if (drawn := waiting_aims(device, folder))]
     return "\n".join(pieces)
+
+
+def _steps(folder: Path) -> list[str]:
+    """Each result with what is its own, then what those of a device have in common, once."""
+    pieces = []
+    found = [_read(file) for file in in_order("step", folder)]
+    for device in DEVICES.values():
+        results = [result for result in found if result["device"] == device.name and worst.case(result) is None]
+        pieces += map(_measured, results)
+        if lines := dict.fromkeys(line for result in results for line in notes(result)):
+            pieces.append(f"Of all steps on {device.title}:\n\n{_listed(lines)}\n")
+    return pieces
 
 
 def waiting_aims(device: Device, folder: Path) -> str:
@@ -248,8 +306,7 @@ def _setting(model: str, profiles: Iterable[str]) -> str:
 def unmeasured(folder: Path) -> list[str]:
     """A line for each planned file that is not there."""
     missing = [
-        f"{_WHAT[key[0]]}: {_weights(*key[1:3])} on {DEVICES[key[1]].title}, pairs as long "
-        f"as {PROFILES[key[3]].title}'s (`{command}`)"
+        f"{_WHAT[key[0]]}: {_weights(*key[1:3])} on {DEVICES[key[1]].title}, {PROFILES[key[3]].pairs} (`{command}`)"
         for key, command in PLANNED.items()
         if not (folder / file_name(*key)).exists()
     ]
@@ -264,64 +321,3 @@ def _weights(device: str, model: str) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text())
-
-
-def summary(folder: Path = RESULTS) -> str:
-    """The front page: a table a device and model, contenders as columns, and a GPU's kernels."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for file in in_order("step", folder):
-        result = _read(file)
-        groups.setdefault((result["device"], result["model"]), []).append(result)
-    pieces = [_summary_of(results) for results in groups.values()]
-    if (kernels := folder / f"kernels-{CUDA.name}.json").exists():
-        pieces.append(kernel_table.summary(_read(kernels)))
-    return "\n".join(pieces)
-
-
-def _summary_of(results: list[dict[str, Any]]) -> str:
-    """Profiles below each other: pairs a second over one epoch and over several, and peak memory."""
-    first = results[0]
-    work = first["workload"]
-    names = list(dict.fromkeys(name for result in results for name in result["configurations"]))
-    rows = []
-    for result in results:
-        title = PROFILES[result["profile"]].title
-        lines = {
-            f"{title}, pairs/s, {span_in_words(span)}": ("pairs_per_second", span)
-            for span in result["formula_flops_per_pair"]
-            if span != LATER
-        }
-        if "mfu" in result["configurations"]["fastdpo"]:
-            lines[f"{title}, MFU, 1 epoch"] = ("mfu", "1")
-        lines[f"{title}, peak MiB"] = ("peak_memory", None)
-        for label, (quantity, span) in lines.items():
-            rows.append([label, *(_number(result["configurations"].get(name), quantity, span) for name in names)])
-    title = MODELS[first["model"]].title
-    return (
-        f"{title[0].upper()}{title[1:]}, LoRA r={work['lora_rank']}, {work['dtype']}, "
-        f"{machine_in_words(first['machine'])}, {first['date']}:\n\n{table(['pairs as long as', *names], rows)}\n"
-    )
-
-
-def _number(row: dict[str, Any] | None, quantity: str, span: str | None) -> str:
-    if row is None or "failed" in row:
-        return "failed" if row else ""
-    return f"{row[quantity][span]:.3g}" if span else f"{row[quantity] / 2**20:.0f}"
-
-
-def between_markers(readme: str) -> str:
-    return readme.split(BEGIN + "\n", 1)[1].split(END, 1)[0]
-
-
-def main(check: bool) -> int:
-    """Writes the tables of both pages, or with `check` only says whether they are what results/ holds."""
-    drifted = 0
-    for page, text in ((README, generated()), (FRONT_PAGE, summary())):
-        readme = page.read_text()
-        if check and between_markers(readme) != text:
-            drifted = 1
-            print(f"error: {page} has other tables than {RESULTS}: run python -m benchmarks table", file=sys.stderr)
-        elif not check:
-            page.write_text(readme.replace(BEGIN + "\n" + between_markers(readme), BEGIN + "\n" + text))
-            print(f"tables of {page} written from {RESULTS}")
-    return drifted

@@ -26,13 +26,19 @@ ROOM_STEP = 1024  # `max_length` of both trainers is a multiple of it: their def
 
 @dataclass(frozen=True)
 class Profile:
-    """How long the pairs of a dataset are. Medians and ratios as published with dpo-prefix-sharing."""
+    """How long pairs are. Medians and ratios of datasets as published with dpo-prefix-sharing."""
 
     name: str  # of --profile and of results/
     title: str
     median_total: int  # tokens of prompt plus one response, EOS included
     prompt_to_response: float
     log_spread: float  # standard deviation of the log of a prompt's and of a response's length
+    is_dataset: bool = True  # or lengths that somebody made up
+
+    @property
+    def pairs(self) -> str:
+        """In words."""
+        return f"pairs as long as {self.title}'s" if self.is_dataset else self.title
 
     @property
     def tokens_per_pair(self) -> float:
@@ -50,6 +56,9 @@ _PROFILES = (
     Profile("capybara", "Capybara", 1160, 1.59, 0.6),
     Profile("tldr", "TL;DR", 416, 11.14, 0.3),
     Profile("helpsteer", "HelpSteer", 775, 6.34, 0.6),
+    # nothing to share and nothing to pad; and so little of it that what surrounds the products shows
+    Profile("no-prompt", "prompts of 1 token, responses all of 128", 129, 1 / 128, 0.0, is_dataset=False),
+    Profile("short", "prompts of 8 tokens, responses all of 8", 16, 1.0, 0.0, is_dataset=False),
 )
 PROFILES = {profile.name: profile for profile in _PROFILES}
 RESPONSE_CORRELATION = 0.43  # between the log lengths of a pair's two responses, in the same sample of HH-RLHF

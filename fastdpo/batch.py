@@ -31,7 +31,7 @@ from torch import Tensor
 
 # Pairs share a beginning of so many tokens at least. What more than two sequences share needs a sorted sum of
 # gradients, some 100 us a layer on a GPU: fewer tokens, such as the one that all sequences begin with, may not be worth
-# it (unmeasured). Also, attention under a mask spreads a NaN over its segment, and so to the pairs that share some of it.
+# it (unmeasured). And attention under a mask spreads a NaN over its segment, and so to the pairs that share some of it.
 LEAST_SHARED = 32
 
 
