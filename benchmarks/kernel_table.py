@@ -54,7 +54,7 @@ def render(result: dict[str, Any]) -> str:
         *(_head_table(shape, rows, result) for shape, rows in heads.items()),
         *(_pair_table(wants, rows) for wants, rows in losses.items()),
         *(_rate_table(rows) for groups in others for rows in groups.values()),
-        *([aims] if (aims := _aims(result, device)) else []),
+        *([reached] if (reached := aims(result, device)) else []),
         _notes(result, device),
     ]
     return "\n\n".join(parts) + "\n"
@@ -147,7 +147,7 @@ def _rate_table(rows: list[Row]) -> str:
     return f"**{rows[0]['op']}, {shape}, {rows[0]['wants']}**\n\n{table(['', 'ms', unit, '%', 'MiB'], lines)}"
 
 
-def _aims(result: dict[str, Any], device: Device) -> str:
+def aims(result: dict[str, Any], device: Device) -> str:
     rows = {(row["op"], tuple(row["shape"]), row["wants"], row["contender"]): row for row in result["rows"]}
     lines = []
     for aim in device.kernels.aims:
