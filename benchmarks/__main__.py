@@ -1,4 +1,4 @@
-"""`python -m benchmarks step`, `parts`, `trace`, `memory`, `kernels` and `tune` measure, `table` writes the tables again.
+"""`python -m benchmarks step`, `parts`, `trace`, `memory`, `kernels`, `tune` measure, `table` writes the tables again.
 
 `estimate` reckons, and measures nothing.
 """

@@ -98,6 +98,7 @@ STAGES = {
         (
             *_tests("gpu", only=f"not {PLANS}"),
             *_tests("gpu_runs", "repeats", "offload", "patching", "linear_logps", "head_fused", "pair_loss", "memory"),
+            *_tests("compiled", "noise"),
         ),
         side_by_side=True,  # compiling takes most of the time
     ),
@@ -113,9 +114,7 @@ STAGES = {
     "step-8b-hh-rlhf": Stage(
         "a LoRA step of 8B in bf16, HH-RLHF's lengths, against TRL default and tuned", _step("llama-3.1-8b", "hh-rlhf")
     ),
-    "step-8b-ultrafeedback": Stage(
-        "the same, UltraFeedback's lengths", _step("llama-3.1-8b", "ultrafeedback")
-    ),
+    "step-8b-ultrafeedback": Stage("the same, UltraFeedback's lengths", _step("llama-3.1-8b", "ultrafeedback")),
     "step-mistral-nf4": Stage(
         "a LoRA step of Mistral-7B in NF4, UltraFeedback's lengths, against TRL and Unsloth",
         _step("mistral-7b", "ultrafeedback", "--load-in-4bit"),
@@ -141,7 +140,7 @@ STAGES = {
         "every kernel under compute-sanitizer: accesses out of bounds, races in shared memory",
         tuple(
             Part(
-                ("pytest", "tests/test_repeats.py", "-m", "gpu", "-k", "small"),
+                ("pytest", "tests/test_repeats.py", "-k", "small"),
                 under=("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
             )
             for tool in SANITIZERS

@@ -26,7 +26,17 @@ def main(options: Namespace) -> int:
     output = options.output.resolve()
     output.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", *(f"benchmarks/bench_{op}.py" for op in options.op)]
-    command += ["--benchmark-only", "--benchmark-quiet", "-rfE", "-p", "no:cacheprovider", "--kernel-device", device.name, "--kernel-json", str(output)]
+    command += [
+        "--benchmark-only",
+        "--benchmark-quiet",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        "--kernel-device",
+        device.name,
+        "--kernel-json",
+        str(output),
+    ]
     for name in ("commit", "seconds"):
         if (value := getattr(options, name)) is not None:
             command += [f"--kernel-{name}", str(value)]

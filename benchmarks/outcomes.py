@@ -1,4 +1,4 @@
-"""A pytest plugin: what became of each test, a line of JSON at a time, so that a process which dies leaves what it knew.
+"""A pytest plugin: what became of each test, a line of JSON at a time, so that a process that dies leaves what it knew.
 
     pytest -p benchmarks.outcomes --outcomes FILE
 
@@ -54,9 +54,9 @@ class Outcomes:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.row["seconds"] = round(self.row["seconds"] + report.duration, 3)
         self.row["figures"] |= dict(report.user_properties)
-        if self.row["outcome"] == DIED or report.failed:
-            if report.when == "call" or not report.passed:
-                self.row |= {"outcome": report.outcome, "reason": _reason(report)}
+        says_something = report.when == "call" or not report.passed
+        if says_something and (self.row["outcome"] == DIED or report.failed):
+            self.row |= {"outcome": report.outcome, "reason": _reason(report)}
 
     def pytest_runtest_logfinish(self) -> None:
         self._write()
