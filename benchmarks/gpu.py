@@ -96,15 +96,16 @@ STAGES = {
     "tests": Stage(
         "head, pair loss, attention, training, memory and offloading on the GPU against fp64, torch and the CPU",
         (
-            *_tests("gpu", only=f"not {PLANS}"),
-            *_tests("gpu_runs", "repeats", "offload", "patching", "linear_logps", "head_fused", "pair_loss", "memory"),
+            *_tests("gpu", only=f"not backend and not {PLANS}"),
+            *_tests("gpu", only="backend"),
+            *_tests("gpu_runs", "offload", "patching", "linear_logps", "head_fused", "pair_loss", "memory"),
             *_tests("compiled", "noise"),
         ),
         side_by_side=True,  # compiling takes most of the time
     ),
     "block-tests": Stage(
-        "4-bit weights, LoRA projections, norms, rotary embeddings and gated MLPs against fp64 and torch",
-        _tests("nf4", "lora", "rms_norm", "rope", "glu"),
+        "4-bit weights, LoRA, norms, rotary embeddings and gated MLPs against fp64 and torch; every kernel repeated",
+        _tests("repeats", "nf4", "lora", "rms_norm", "rope", "glu"),
         side_by_side=True,
     ),
     "kernels": Stage(
@@ -261,16 +262,17 @@ def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) ->
 
 
 def _until_all_are_known(command: list[str], output: Any, ends: float, found: Path) -> str:
-    """Starts a file of tests again where its process died, as long as that brings another outcome."""
+    """Starts a file of tests again where its process died, as long as that reaches another test."""
     while True:
-        known = len(outcomes.read(found))
+        known = len(outcomes.reached(found))
         ended = _watch(command, output, ends, found)
         again = ended not in ("well", "with 1", "with 2") and not ended.startswith("cut off")
-        if not again or len(outcomes.read(found)) == known:
+        if not again or len(outcomes.reached(found)) == known:
             break
-    failed = sum(row["outcome"] not in ("passed", "skipped") for row in outcomes.read(found).values())
+    rows = outcomes.read(found).values()
+    failed = sum(row["outcome"] not in ("passed", "skipped") for row in rows)
     every_one_ended = ended in ("well", "with 1", "with 5")  # 5: the last one that was started had none left
-    return (f"{failed} failed" if failed else "well") if every_one_ended and outcomes.read(found) else ended
+    return (f"{failed} failed" if failed else "well") if every_one_ended and rows else ended
 
 
 def _watch(command: list[str], output: Any, ends: float, sign_of_life: Path | None = None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks import kernel_table, tune
 from benchmarks.device import DEVICES
 from benchmarks.markdown import machine_in_words, table, versions_in_words
+from benchmarks.outcomes import NOT_REACHED
 from benchmarks.table import RENDER
 
 MOST = 25  # failed tests that a page has room for
@@ -46,7 +47,7 @@ def tests_in_words(rows: Sequence[dict[str, Any]]) -> str:
     """How many passed, why others were skipped, which failed, and the figures that they noted."""
     counts = Counter(row["outcome"] for row in rows)
     skipped = Counter(row["reason"] for row in rows if row["outcome"] == "skipped")
-    failed = [row for row in rows if row["outcome"] not in ("passed", "skipped")]
+    failed = [row for row in rows if row["outcome"] not in ("passed", "skipped", NOT_REACHED)]
     lines = [f"{rows[0]['test'].split('::')[0]}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}."]
     lines += [f"- skipped {count}: {reason}" for reason, count in skipped.most_common()]
     lines += [f"- {row['outcome']}: `{row['test'].split('::', 1)[-1]}`: {row['reason']}" for row in failed[:MOST]]

@@ -182,8 +182,9 @@ def _notes(result: dict[str, Any], device: Device) -> str:
         "pair_loss: microseconds of one among 50 calls from Python in a row; of the GPU alone, of one among 20 calls "
         "in a CUDA graph.",
         *([BANDWIDTH] if any(row["op"] in BLOCK_OPS for row in rows) else []),
-        "MiB include the results. Random rows with p(target) from 0.01 to 0.99 and a vocabulary after Zipf, of which "
-        f"cut-cross-entropy's filter keeps this share of the gradient's tiles: {kept}.",
+        "MiB include the results."
+        + " Random rows with p(target) from 0.01 to 0.99 and a vocabulary after Zipf, of which cut-cross-entropy's "
+        f"filter keeps this share of the gradient's tiles: {kept}." * bool(kept),
         *(line for op in OPS for line in _paths(op, rows) + _missing(op, rows)),
         *(f"{row['contender']} cannot be captured: {row['graph_error']}" for row in rows if row["graph_error"]),
     ]

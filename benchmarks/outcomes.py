@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # who reads the file may have no pytest
     import pytest
 
-DIED = "died"  # begun, and never ended
+NOT_REACHED, DIED = "not reached", "died"  # before a test begins, and until it ends
 GPU_DEAD = 70  # the exit code after that
 
 
 def read(file: Path) -> dict[str, dict[str, Any]]:
-    """Test -> outcome, seconds, reason and figures: of each the last line."""
-    lines = file.read_text().splitlines() if file.exists() else []
+    """Test -> outcome, seconds, reason and figures: of each the last line that is whole."""
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return {row["test"]: row for row in map(json.loads, lines)}
+
+
+def reached(file: Path) -> dict[str, dict[str, Any]]:
+    return {test: row for test, row in read(file).items() if row["outcome"] != NOT_REACHED}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,11 +48,18 @@ class Outcomes:
             file.write(json.dumps(self.row) + "\n")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        known = read(self.file)
+        known = reached(self.file)
         items[:] = [item for item in items if item.nodeid not in known]
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            self._begin(item.nodeid, NOT_REACHED)
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.row = {"test": nodeid, "outcome": DIED, "seconds": 0.0, "reason": "", "figures": {}}
+        self._begin(nodeid, DIED)
+
+    def _begin(self, test: str, outcome: str) -> None:
+        self.row = {"test": test, "outcome": outcome, "seconds": 0.0, "reason": "", "figures": {}}
         self._write()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

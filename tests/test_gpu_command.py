@@ -149,6 +149,13 @@ def test_a_test_that_kills_its_process_costs_the_others_nothing(stage: Any, tmp_
     assert "- `test_that_passes`: planned / measured 0.97" in page
 
 
+def test_tests_that_no_time_was_left_for_are_counted(stage: Any, tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text("import time\ndef test_a(): time.sleep(60)\ndef test_b(): pass\n")
+    well, record, page = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))), seconds=3)
+    assert not well and record["parts"][0]["ended"] == "cut off: the stage's time was up"
+    assert "test_some.py: 1 died, 1 not reached." in page
+
+
 def test_a_test_that_hangs_is_ended_and_the_next_one_runs(
     stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
