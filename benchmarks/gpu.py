@@ -87,7 +87,7 @@ def _watched(command: str) -> tuple[Part, ...]:
 
 
 def _kernels(file: str, *ops: str) -> tuple[Part, ...]:
-    return (Part(("benchmarks", "kernels", "--device", "cuda", "--seconds", "420", "--op", *ops), file),)
+    return (Part(("benchmarks", "kernels", "--device", "cuda", "--seconds", "450", "--op", *ops), file),)
 
 
 PLANS = "planned_peak"
@@ -109,8 +109,8 @@ STAGES = {
         side_by_side=True,
     ),
     "kernels": Stage(
-        "linear_logps at four shapes and pair_loss against TRL, Liger, cut-cross-entropy and torch",
-        _kernels("kernels-cuda.json", "linear_logps", "pair_loss"),
+        "linear_logps at four shapes against TRL, Liger, cut-cross-entropy and torch",
+        _kernels("kernels-cuda.json", "linear_logps"),
     ),
     "step-8b-hh-rlhf": Stage(
         "a LoRA step of 8B in bf16, HH-RLHF's lengths, against TRL default and tuned", _step("llama-3.1-8b", "hh-rlhf")
@@ -125,8 +125,8 @@ STAGES = {
         (Part(("benchmarks", "memory", "--device", "cuda", "--seconds", "460"), "memory-cuda-llama-3.1-8b.json"),),
     ),
     "block-kernels": Stage(
-        "what 4-bit weights, LoRA, norms, rotary embeddings and gated MLPs reach of the GPU's bandwidth and FLOP/s",
-        _kernels("kernels-cuda-blocks.json", "nf4", "blocks", "lora"),
+        "what 4-bit weights, norms, rotary embeddings, gated MLPs and LoRA reach of bandwidth and FLOP/s; pair_loss",
+        _kernels("kernels-cuda-blocks.json", "nf4", "blocks", "pair_loss", "lora"),
     ),
     "plan": Stage("peak memory as planned against as measured", _tests("gpu", only=PLANS)),
     "step-8b-helpsteer": Stage("as step-8b-hh-rlhf, HelpSteer's lengths", _step("llama-3.1-8b", "helpsteer")),
@@ -154,14 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """1 where a stage did not end well."""
     options = _options(arguments)
     names = options.stages or list(STAGES)
-    missing = _missing()
-    if missing:
-        print(plan(names, options, missing))
+    has_torch = importlib.util.find_spec("torch") is not None
+    machine = CUDA.find() if has_torch else None
+    if machine is None:
+        why = "There is no CUDA device that torch can use" if has_torch else f"{sys.executable} has no torch"
+        print(plan(names, options, why))
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: STOP.set())
-    well = [not STOP.is_set() and run(name, STAGES[name], options) for name in names]
+    well = [not STOP.is_set() and run(name, STAGES[name], options, machine) for name in names]
     summary = gpu_page.over_all(list(STAGES), options.results)
     (options.results / "gpu.md").write_text(summary)
     if len(names) > 1:
@@ -182,16 +184,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _missing() -> str:
-    """Why nothing can be run here; "" where it can."""
-    if importlib.util.find_spec("torch") is None:
-        return f"{sys.executable} has no torch"
-    return "" if CUDA.find() else "there is no CUDA device that torch can use"
-
-
 def plan(names: Sequence[str], options: argparse.Namespace, why: str) -> str:
     """What would be run: of each stage its commands, what it measures, how long it may take, and what it writes."""
-    lines = [f"{why[0].upper()}{why[1:]}, so this is what `make gpu` would run; files go to {options.results}."]
+    lines = [f"{why}, so this is what `make gpu` would run; files go to {options.results}."]
     for name in names:
         stage = STAGES[name]
         files = [*(part.file for part in stage.parts if part.file), f"gpu-{name}.json", f"gpu-{name}.md"]
@@ -205,12 +200,11 @@ def plan(names: Sequence[str], options: argparse.Namespace, why: str) -> str:
 # Running
 
 
-def run(name: str, stage: Stage, options: argparse.Namespace) -> bool:
+def run(name: str, stage: Stage, options: argparse.Namespace, machine: dict[str, Any]) -> bool:
     """Whether every command ended well; its record is written after each of them, its page at the end."""
     started, ends = time.monotonic(), time.monotonic() + stage.seconds
     file = options.results / f"gpu-{name}.json"
     print(f"gpu-{name}: {stage.measures}; at most {stage.seconds:.0f} s", file=sys.stderr, flush=True)
-    machine = CUDA.find() or {}
     origin = provenance(machine, os.cpu_count() or 1, PACKAGES, options.commit)
     rows = [{"command": shlex.join(part.command(options)), "ended": "not begun", "ok": False} for part in stage.parts]
     record = {"benchmark": "gpu", "stage": name, "measures": stage.measures, **origin, "parts": rows}
@@ -262,17 +256,18 @@ def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) ->
 
 
 def _until_all_are_known(command: list[str], output: Any, ends: float, found: Path) -> str:
-    """Starts a file of tests again where its process died, as long as that reaches another test."""
+    """Starts a file of tests again where its process died before the last of them, as long as that reaches another."""
     while True:
         known = len(outcomes.reached(found))
         ended = _watch(command, output, ends, found)
-        again = ended not in ("well", "with 1", "with 2") and not ended.startswith("cut off")
-        if not again or len(outcomes.reached(found)) == known:
+        rows = outcomes.read(found)
+        left = len(rows) - len(outcomes.reached(found))
+        if not left or len(rows) - left == known or ended.startswith("cut off"):
             break
-    rows = outcomes.read(found).values()
-    failed = sum(row["outcome"] not in ("passed", "skipped") for row in rows)
-    every_one_ended = ended in ("well", "with 1", "with 5")  # 5: the last one that was started had none left
-    return (f"{failed} failed" if failed else "well") if every_one_ended and rows else ended
+    if not rows or ended not in ("well", "with 1"):
+        return ended
+    failed = sum(row["outcome"] not in ("passed", "skipped") for row in rows.values())
+    return f"{failed} failed" if failed else "well"
 
 
 def _watch(command: list[str], output: Any, ends: float, sign_of_life: Path | None = None) -> str:

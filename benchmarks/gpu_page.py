@@ -75,10 +75,13 @@ def _kernels(result: dict[str, Any]) -> str:
         measured = sorted((row for row in rows if row["median"] is not None), key=lambda row: row["median"])
         ours = [row for row in measured if row["contender"].startswith("fastdpo")]
         others = [row for row in measured if row not in ours]
-        without = ", ".join(row["contender"] for row in rows if row["median"] is None)
-        lines.append([", ".join(task), *_time(ours[:1]), *_time(others[:1]), without])
-    header = ["", "fastdpo", "ms", "% of the roofline", "fastest other", "ms", "% of the roofline", "without a number"]
-    return table(header, lines)
+        lines.append([", ".join(task), *_time(ours[:1]), *_time(others[:1])])
+    reasons: dict[str, dict[str, None]] = {}
+    for row in result["rows"]:
+        if row["median"] is None:
+            reasons.setdefault(row["reason"] or "not run", {})[row["contender"]] = None
+    header = ["", "fastdpo", "ms", "% of the roofline", "fastest other", "ms", "% of the roofline"]
+    return "\n".join([table(header, lines), "", *(f"- {', '.join(who)}: {why}." for why, who in reasons.items())])
 
 
 def _time(rows: Sequence[dict[str, Any]]) -> list[str]:

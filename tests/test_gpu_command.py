@@ -165,6 +165,16 @@ def test_a_test_that_hangs_is_ended_and_the_next_one_runs(
     assert [row["outcome"] for row in record["parts"][0]["tests"]] == [outcomes.DIED, "passed"]
 
 
+def test_what_watches_tests_may_find_a_fault_that_they_pass_by(stage: Any, tmp_path: Path) -> None:
+    """As a sanitizer does, by an exit code of its own."""
+    (tmp_path / "test_some.py").write_text("def test_a(): pass")
+    watcher = tmp_path / "watcher"
+    watcher.write_text('#!/bin/sh\n"$@"\nexit 9\n')
+    watcher.chmod(0o755)
+    well, record, page = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py")), under=(str(watcher),)))
+    assert not well and record["parts"][0]["ended"] == "with 9" and "1 passed" in page
+
+
 def test_tests_that_cannot_be_collected_are_a_failure(stage: Any, tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text("import no_such_module")
     well, record, page = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))))
@@ -174,6 +184,18 @@ def test_tests_that_cannot_be_collected_are_a_failure(stage: Any, tmp_path: Path
 def test_a_program_that_is_not_there_is_said_and_is_no_failure(stage: Any) -> None:
     well, record, _ = stage(gpu.Part(("well",), file="out.json", under=("no-such-sanitizer",)))
     assert well and record["parts"][0]["ended"] == "not run: no-such-sanitizer is not on PATH"
+
+
+def test_a_page_of_kernels_has_a_row_a_task_and_says_why_others_have_no_number() -> None:
+    result = json.loads((ROOT / "benchmarks/results/kernels-cpu.json").read_text())
+    text = gpu_page.numbers(result)
+    tasks = {(row["op"], tuple(row["shape"]), row["wants"]) for row in result["rows"]}
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(tasks) + 2
+    heads = [row for row in result["rows"] if row["op"] == "linear_logps" and row["shape"] == [256, 4096, 256]]
+    fastest = min((row for row in heads if row["wants"] == "forward" and row["median"]), key=lambda row: row["median"])
+    (line,) = [line for line in text.splitlines() if line.startswith("| linear_logps, 256x4096x256, forward |")]
+    assert f"{fastest['contender']} | {1e3 * fastest['median']:.3g} |" in line
+    assert "method='fused' needs a GPU." in text
 
 
 def test_the_page_over_all_counts_aims_and_names_those_that_were_missed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import knobs, tune
+from benchmarks import knobs, measure, tune
 from benchmarks.measure import CpuMeter
 from fastdpo_kernels import compile_report, launch
 
@@ -118,6 +118,23 @@ def test_a_candidate_that_spills_anywhere_is_not_timed(monkeypatch: pytest.Monke
     reasons = {row["candidate"]: row["reason"] for row in rows}
     assert len(rows) == 6 and sum(map(bool, reasons.values())) == 2
     assert reasons["block times 2"] == "k on T4 () spills 8 bytes a thread" and not reasons["num_warps times 2"]
+
+
+def test_candidates_are_timed_while_there_is_time_and_each_is_written_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "CudaMeter", CpuMeter)
+    monkeypatch.setitem(knobs.TASKS, "nf4", replace(knobs.TASKS["nf4"], shape=(48, 64)))
+    clock = iter([0.0, 0.0, 1.0, *[9.0] * 20])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    fields = ("knob", "task", "candidate")
+    rows = [{**dict(zip(fields, key, strict=True)), "reason": ""} for key in knobs.to_try(["nf4_config"])[:3]]
+    rows[0]["reason"] = "k on T4 () spills 8 bytes a thread"
+    tune._time_all({"rows": rows}, 5.0, tmp_path / "tune.json")
+    found = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    assert ["seconds" in row for row in found] == [False, True, False]
+    assert found[0]["reason"].endswith("spills 8 bytes a thread")
+    assert found[2]["reason"] == "not run: the time for all of them was used up"
 
 
 def test_without_a_gpu_candidates_are_compiled_and_nothing_is_timed(tmp_path: Path) -> None:
