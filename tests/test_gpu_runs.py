@@ -1,8 +1,8 @@
-"""Whole runs on a GPU, in fp32: the log and the weights of the same run on a CPU, alone, over NCCL and under FSDP2.
+"""Whole runs on a GPU, in fp32: the log and the weights of the same run on a CPU, alone and under FSDP2.
 
 One GPU takes one process, so what several share is tested on CPUs (test_ranks.py, test_fsdp.py); here it is that NCCL
-and FSDP2 take the tensors of a GPU. A process over gloo on a CPU goes the same way, which shows that the comparison is
-right where there is no GPU.
+and FSDP2 take the tensors of a GPU, in a group of one. The same over gloo on a CPU shows that the comparison is right
+where there is no GPU.
 """
 
 from __future__ import annotations
@@ -19,20 +19,16 @@ from peft import LoraConfig
 from ranks_program import SCENARIOS
 from test_fsdp import LAUNCHED
 from test_ranks import TESTS, assert_same, ends_alone, launch
+from torch import distributed
 
 import fastdpo
+from fastdpo.ranks import GradientSum, Ranks
 
 ALL = SCENARIOS | fsdp_program.SCENARIOS
 RUNS = ("lora_with_evaluation", "matched", "running_mean", "fused", "encoder_decoder")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 WITHIN = 1e-3  # sums in another order, and three TF32 products for one of fp32 in attention, over some steps of AdamW
-# device, what the launcher sets, scenarios. Images and noise are padded and drawn on the device: alone, then over NCCL.
-WAYS: dict[str, tuple[str, dict[str, str], tuple[str, ...]]] = {
-    "gloo": ("cpu", {}, ("matched",)),
-    "NCCL": ("cuda", {}, (*RUNS, "pictured", "sampled")),
-    "FSDP2": ("cuda", LAUNCHED, (*RUNS, "tied", "sampled")),
-}
-MARKED = {name: [pytest.mark.gpu] * (way[0] == "cuda") for name, way in WAYS.items()}
+SHARDED = {"cpu": ("matched",), "cuda": (*RUNS, "tied", "sampled")}  # noise is drawn on the device
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +52,16 @@ def on_the_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
-    """-> what the one process of a way ended a scenario with; it is started once for all of them."""
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
+    """-> what one process under FSDP2 on a device ended a scenario with; it is started once for all of them."""
     folders: dict[str, Path] = {}
 
-    def of(way: str, name: str) -> dict[str, Any]:
-        device, more, names = WAYS[way]
-        if way not in folders:
-            folders[way] = tmp_path_factory.mktemp(way)
-            command = str(TESTS / "fsdp_program.py"), str(folders[way]), *names
-            launch(1, *command, **more, FASTDPO_TEST_DEVICE=device, NVIDIA_TF32_OVERRIDE="0")
-        return torch.load(folders[way] / f"{name}-0.pt", weights_only=True)
+    def of(device: str, name: str) -> dict[str, Any]:
+        if device not in folders:
+            folders[device] = tmp_path_factory.mktemp(device)
+            command = str(TESTS / "fsdp_program.py"), str(folders[device]), *SHARDED[device]
+            launch(1, *command, **LAUNCHED, FASTDPO_TEST_DEVICE=device)
+        return torch.load(folders[device] / f"{name}-0.pt", weights_only=True)
 
     return of
 
@@ -78,16 +73,44 @@ def test_a_run_on_a_gpu_has_the_numbers_of_one_on_the_cpu(name: str, on_the_gpu:
 
 
 @pytest.mark.parametrize(
-    ("way", "name"),
-    [pytest.param(way, name, marks=MARKED[way], id=f"{way}-{name}") for way in WAYS for name in WAYS[way][2]],
+    ("device", "name"),
+    [
+        pytest.param(device, name, marks=[pytest.mark.gpu] * (device == "cuda"))
+        for device, names in SHARDED.items()
+        for name in names
+    ],
 )
-def test_one_process_of_many_has_the_numbers_of_one_alone(
-    way: str, name: str, launched: Any, on_the_gpu: Any, on_the_cpu: Any
+def test_one_process_under_fsdp2_has_the_numbers_of_one_alone(
+    device: str, name: str, sharded: Any, on_the_gpu: Any, on_the_cpu: Any
 ) -> None:
-    alone = on_the_cpu if WAYS[way][0] == "cpu" else on_the_gpu
-    found = launched(way, name)
-    assert found["gradients"] == ["DTensor" if way == "FSDP2" else "Tensor"]
-    assert_same(found, alone(name), 1e-5 if way == "gloo" else WITHIN)
+    found = sharded(device, name)
+    assert found["gradients"] == ["DTensor"]
+    assert_same(found, {"cpu": on_the_cpu, "cuda": on_the_gpu}[device](name), WITHIN)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_group_of_one_leaves_what_it_sums_and_sends_as_it_is(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL on a GPU; told that they are two, with the other's numbers of the host left out."""
+    monkeypatch.setattr(Ranks, "exchange", lambda self, purpose, numbers=(): [list(numbers)])
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ranks, module = Ranks(0, 2), torch.nn.Linear(300, 70, device=device).to(torch.bfloat16)
+        other = torch.nn.Linear(5, 7, device=device)
+        trained = [*module.parameters(), *other.parameters()]
+        for parameter in trained[:-1]:
+            parameter.grad = torch.randn_like(parameter)
+        trained[0].grad = torch.randn(300, 70, device=device).to(torch.bfloat16).T  # not contiguous
+        before = [(parameter.detach().clone(), parameter.grad) for parameter in trained]
+        gradients = [None if gradient is None else gradient.clone() for _, gradient in before]
+        ranks.equalise(module)
+        GradientSum(ranks, trained)()
+        assert trained[-1].grad is None and (distributed.get_backend(), trained[0].device.type) == (backend, device)
+        for parameter, (values, _), gradient in zip(trained, before, gradients, strict=True):
+            assert torch.equal(parameter, values)
+            assert gradient is None or torch.equal(parameter.grad, gradient)
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("device", DEVICES)
