@@ -165,6 +165,24 @@ def test_a_test_that_hangs_is_ended_and_the_next_one_runs(
     assert [row["outcome"] for row in record["parts"][0]["tests"]] == [outcomes.DIED, "passed"]
 
 
+def test_after_a_fault_of_the_gpu_the_other_tests_get_a_new_process(stage: Any, tmp_path: Path) -> None:
+    """An illegal access ends a process's CUDA context: what ran after it would fail, too."""
+    (tmp_path / "test_some.py").write_text("""
+import os, sys, types
+def fault(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=fault)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+def test_a(record_property):
+    record_property("process", os.getpid())
+    assert False
+def test_b(record_property): record_property("process", os.getpid())
+""")
+    _, record, _ = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))))
+    first, second = record["parts"][0]["tests"]
+    assert (first["outcome"], second["outcome"]) == ("failed", "passed") and first["figures"] != second["figures"]
+    assert record["parts"][0]["ended"] == "1 failed" and "the GPU answers no more" in record["parts"][0]["output"]
+
+
 def test_what_watches_tests_may_find_a_fault_that_they_pass_by(stage: Any, tmp_path: Path) -> None:
     """As a sanitizer does, by an exit code of its own."""
     (tmp_path / "test_some.py").write_text("def test_a(): pass")
