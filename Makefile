@@ -5,13 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-GPU_STEPS_8B := gpu-step-8b-hh-rlhf gpu-step-8b-helpsteer gpu-step-8b-ultrafeedback
-GPU_TESTS := $(addprefix gpu-tests-,gpu memory offload patching linear_logps head_fused pair_loss)
-GPU_TESTS_BLOCK := $(addprefix gpu-tests-,nf4 lora rms_norm rope glu)
-GPU_STAGES := gpu-tests gpu-block-tests gpu-kernels gpu-step $(GPU_STEPS_8B) gpu-step-mistral-nf4 gpu-memory
-GPU_STAGES += gpu-parts gpu-trace
-
-.PHONY: demo test soak check gpu $(GPU_STAGES) $(GPU_TESTS) $(GPU_TESTS_BLOCK) gpu-step-8b compile-report format clean
+.PHONY: demo test soak check gpu gpu-step-8b compile-report format clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastdpo demo
@@ -35,52 +29,21 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The tests and benchmarks that need a CUDA device; without one they say so and end. Each stage runs alone and ends within
-# 9 minutes: KERNEL_, STEP_ and MEMORY_SECONDS are what its contenders may take, and `timeout` ends what hangs. A stage that
-# fails does not keep the next from running, but fails the whole. Uses .venv where it is, else python3. COMMIT=... says
-# which code this is where it was copied without its repository; UNSLOTH=... names a folder with Unsloth and the packages
-# it needs, where it is not installed.
+# The tests and benchmarks that need a CUDA device, in stages of at most 9 minutes that run alone, too (`make gpu-tests`);
+# without a device it prints what it would run. benchmarks/gpu.py has the stages. Uses .venv where it is, else python3.
+# RESULTS=... is the folder of all files, benchmarks/results unless given; COMMIT=... says which code this is where it was
+# copied without its repository; UNSLOTH=... names a folder with Unsloth and the packages it needs, where not installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-GPU_RUN := timeout --kill-after=10 530 $(GPU_PYTHON) -m
-FROM := $(if $(COMMIT),--commit $(COMMIT))
-KERNEL_SECONDS ?= 420
-STEP_SECONDS ?= 500
-MEMORY_SECONDS ?= 460
-STEP := $(GPU_RUN) benchmarks step --device cuda --tune --epochs 2 $(FROM) $(if $(UNSLOTH),--unsloth $(UNSLOTH))
-$(GPU_STAGES) $(GPU_TESTS) $(GPU_TESTS_BLOCK): export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
+GPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) $(GPU_PYTHON) -m benchmarks.gpu
+GPU += $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(UNSLOTH),--unsloth $(UNSLOTH))
 gpu:
-	$(MAKE) --keep-going --jobs=1 $(GPU_STAGES)
-
-# Compiling takes most of the time: files go side by side.
-gpu-tests:
-	$(MAKE) --keep-going --jobs=7 --output-sync=target $(GPU_TESTS)
-
-gpu-block-tests:
-	$(MAKE) --keep-going --jobs=5 --output-sync=target $(GPU_TESTS_BLOCK)
-
-$(GPU_TESTS) $(GPU_TESTS_BLOCK): gpu-tests-%:
-	$(GPU_RUN) pytest tests/test_$*.py -m "gpu or kernels" -rs
-
-gpu-kernels:
-	$(GPU_RUN) benchmarks kernels --device cuda --seconds $(KERNEL_SECONDS) $(FROM)
-
-gpu-step:
-	$(STEP) --model llama-3.2-1b --seconds $(STEP_SECONDS)
+	$(GPU)
 
 gpu-step-8b:
-	$(MAKE) --keep-going --jobs=1 $(GPU_STEPS_8B)
+	$(GPU) step-8b-hh-rlhf step-8b-ultrafeedback step-8b-helpsteer
 
-$(GPU_STEPS_8B): gpu-step-8b-%:
-	$(STEP) --model llama-3.1-8b --profile $* --seconds $(STEP_SECONDS)
-
-gpu-step-mistral-nf4:
-	$(STEP) --model mistral-7b --load-in-4bit --profile ultrafeedback --seconds $(STEP_SECONDS)
-
-gpu-memory:
-	$(GPU_RUN) benchmarks memory --device cuda --seconds $(MEMORY_SECONDS) $(FROM)
-
-gpu-parts gpu-trace: gpu-%:
-	$(GPU_RUN) benchmarks $* --device cuda --model llama-3.1-8b $(FROM)
+gpu-%:
+	$(GPU) $*
 
 # What the compiler makes of every kernel, for every architecture and in every configuration; no GPU takes part.
 compile-report: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks step`, `parts`, `trace`, `memory` and `kernels` measure, `table` writes the tables again.
+"""`python -m benchmarks step`, `parts`, `trace`, `memory`, `kernels`, `tune` measure, `table` writes the tables again.
 
 `estimate` reckons, and measures nothing.
 """
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import estimate, kernels, memory, memory_table, pages, parts, step, table, trace
+from benchmarks import estimate, kernels, memory, memory_table, pages, parts, step, table, trace, tune
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
 from benchmarks.workload import PROFILES
@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
     view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
     race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
+    race.add_argument("--op", nargs="+", choices=kernels.OPS, default=kernels.OPS, help="default: all")
     most = commands.add_parser("memory", help="the longest pair that trains in 4 bits with so much memory")
     for command in (run, share, view):
         command.add_argument("--model", choices=WHOLE, help="default: " + _defaults("model"))
@@ -42,10 +43,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--repeat", type=int, default=1, help="runs of each, medians reported (default %(default)s)")
     share.add_argument("--repeat", type=int, default=3, help="measurements, medians reported (default %(default)s)")
     _add_memory_options(most)
-    for command in (run, race, most):
+    best = commands.add_parser("tune", help="launch numbers against their neighbours; compiled only without a GPU")
+    best.add_argument("knobs", nargs="*", metavar="KNOB", help="names in launch.py; default: all that can be tried")
+    best.add_argument("--arch", nargs="+", metavar="GPU", help=f"to compile for; default: all, without a GPU {tune.ON}")
+    for command in (run, race, most, best):
         command.add_argument("--seconds", type=float, help="after them no further contender gets its turn")
-    for command in (run, share, view, race, most):
-        default = CUDA.name if command is most else CPU.name
+    for command in (run, share, view, race, most, best):
+        default = CUDA.name if command in (most, best) else CPU.name
         command.add_argument("--device", choices=list(DEVICES), default=default, help="default %(default)s")
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default %(default)s)")
         command.add_argument("--commit", help="of this code, where it was copied without its repository")
@@ -82,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "kernels":
         options.output = options.output or table.RESULTS / f"kernels-{options.device}.json"
         return kernels.main(options)
+    if options.command == "tune":
+        if options.device != CUDA.name:
+            commands.error("--device cpu, expected cuda: Triton's kernels run on no CPU")
+        return tune.main(options)
     if options.command == "memory":
         if (options.device == CPU.name) != bool(options.most_tokens):
             commands.error("--most-tokens stands in for the memory of a GPU: give it with --device cpu, and only then")

@@ -54,7 +54,7 @@ def render(result: dict[str, Any]) -> str:
         *(_head_table(shape, rows, result) for shape, rows in heads.items()),
         *(_pair_table(wants, rows) for wants, rows in losses.items()),
         *(_rate_table(rows) for groups in others for rows in groups.values()),
-        *([aims] if (aims := _aims(result, device)) else []),
+        *([reached] if (reached := aims(result, device)) else []),
         _notes(result, device),
     ]
     return "\n\n".join(parts) + "\n"
@@ -147,7 +147,7 @@ def _rate_table(rows: list[Row]) -> str:
     return f"**{rows[0]['op']}, {shape}, {rows[0]['wants']}**\n\n{table(['', 'ms', unit, '%', 'MiB'], lines)}"
 
 
-def _aims(result: dict[str, Any], device: Device) -> str:
+def aims(result: dict[str, Any], device: Device) -> str:
     rows = {(row["op"], tuple(row["shape"]), row["wants"], row["contender"]): row for row in result["rows"]}
     lines = []
     for aim in device.kernels.aims:
@@ -182,8 +182,9 @@ def _notes(result: dict[str, Any], device: Device) -> str:
         "pair_loss: microseconds of one among 50 calls from Python in a row; of the GPU alone, of one among 20 calls "
         "in a CUDA graph.",
         *([BANDWIDTH] if any(row["op"] in BLOCK_OPS for row in rows) else []),
-        "MiB include the results. Random rows with p(target) from 0.01 to 0.99 and a vocabulary after Zipf, of which "
-        f"cut-cross-entropy's filter keeps this share of the gradient's tiles: {kept}.",
+        "MiB include the results."
+        + " Random rows with p(target) from 0.01 to 0.99 and a vocabulary after Zipf, of which cut-cross-entropy's "
+        f"filter keeps this share of the gradient's tiles: {kept}." * bool(kept),
         *(line for op in OPS for line in _paths(op, rows) + _missing(op, rows)),
         *(f"{row['contender']} cannot be captured: {row['graph_error']}" for row in rows if row["graph_error"]),
     ]

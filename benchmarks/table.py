@@ -241,11 +241,14 @@ def _giga(count: float) -> str:
     return f"{count / 1e9:.1f}"
 
 
-WITHOUT_COMMAND = (
-    "a step in several processes on GPUs over NCCL, against one: it has not run, nor is there a command",
-    "encoder-decoders, rows with images, embedding noise, samples and runs that go on: none has run on a GPU, nor is "
-    "there a command",
-)
+# What no table is of -> the stage's file with which it is known.
+UNTABLED = {
+    "a step in several processes on several GPUs over NCCL, against one: there is no command; one process, over NCCL "
+    "and under FSDP2, is in `make gpu-tests`": "",
+    "encoder-decoders, rows with images, embedding noise, samples and runs that go on: whether they are on a GPU what "
+    "they are on a CPU (`make gpu-tests`)": "gpu-tests.json",
+    "launch numbers against their neighbours (`make gpu-tune`)": "tune-cuda.json",
+}
 RENDER = {"parts": parts.render, "trace": trace.render, "memory": memory_table.render}
 
 
@@ -289,8 +292,8 @@ def waiting_aims(device: Device, folder: Path) -> str:
         for model in sorted({key[2] for key in PLANNED if key[:2] == ("parts", device.name)}):
             if waiting := missing("parts", model, ["hh-rlhf"]):
                 rows.append([f"a step / the sum of its parts: {_setting(model, waiting)}", f"<= {device.parts_aim}"])
-    if device is CUDA and rows:
-        rows.append(["peak memory as planned / as measured, in 6 settings (`make gpu-tests`)", "0.9 to 1.1"])
+    if device is CUDA and not (folder / "gpu-plan.json").exists():
+        rows.append(["peak memory as planned / as measured, in 16 settings (`make gpu-plan`)", "0.9 to 1.1"])
     rows += memory_table.waiting_aims(folder) if device is CUDA else []
     if not rows:
         return ""
@@ -311,7 +314,8 @@ def unmeasured(folder: Path) -> list[str]:
         if not (folder / file_name(*key)).exists()
     ]
     found = (folder / memory_table.file_name(CUDA.name, memory_table.MODEL)).exists()
-    return missing + ([] if found else [memory_table.unmeasured()]) + [*WITHOUT_COMMAND]
+    untabled = [text for text, file in UNTABLED.items() if not file or not (folder / file).exists()]
+    return missing + ([] if found else [memory_table.unmeasured()]) + untabled
 
 
 def _weights(device: str, model: str) -> str:

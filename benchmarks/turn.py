@@ -52,7 +52,7 @@ def take_turn(
             if benchmark.stats is not None:  # None with --benchmark-disable
                 row.laps.append(list(benchmark.stats.stats.data))
         except Exception as error:
-            row.reason, row.laps = _in_words(error), []
+            row.reason, row.laps = in_words(error), []
             if is_own(row.contender) and not isinstance(error, Unavailable):
                 meter.recover()
                 raise
@@ -75,7 +75,7 @@ def _rounds(call: Call, meter: Meter, bench: KernelBench, iterations: int) -> in
     return min(MOST_ROUNDS, max(least, math.ceil(bench.seconds / once)))
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     if isinstance(error, Unavailable | Wrong):
         return str(error)
     if isinstance(error, torch.OutOfMemoryError):

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import fastdpo
 from fastdpo import DPOConfig, DPOTrainer, build
-from fastdpo.sharding import is_sharded
+from fastdpo.ranks import Ranks, _host_group
+from fastdpo.sharding import asked_plugin, is_sharded
 
 
 def fused(out: Path, count: int) -> dict[str, Any]:
@@ -218,6 +219,16 @@ SCENARIOS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     )
 }
 
+
+def group_of_one(config: DPOConfig) -> Ranks:
+    """One process that shards, where fastdpo would train on its own: what there is to test on one GPU."""
+    assert distributed.group.WORLD is not None
+    hosts = _host_group(distributed.group.WORLD, config.ddp_timeout)
+    return Ranks(0, 1, hosts, asked_plugin(config.fsdp_plugin_args))
+
+
 if __name__ == "__main__":
     ranks_program.SCENARIOS.update(SCENARIOS)
+    if os.environ["WORLD_SIZE"] == "1":
+        build.find_ranks = sys.modules["fastdpo.train"].find_ranks = group_of_one  # type: ignore[attr-defined]
     ranks_program.main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), sys.argv[2:])

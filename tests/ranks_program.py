@@ -7,6 +7,7 @@ OUT/NAME-RANK.pt.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def options(out: Path, count: int, **changes: Any) -> dict[str, Any]:
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        **({"bf16": False} if os.environ.get("FASTDPO_TEST_DEVICE") == "cuda" else {"use_cpu": True}),
         "ddp_timeout": 120,
         **changes,
     }
@@ -91,7 +92,7 @@ def trainer_of(
 def summary(trainer: fastdpo.DPOTrainer, **more: Any) -> dict[str, Any]:
     """What is the same whatever the number of processes, as far as it is."""
     log = [{k: v for k, v in row.items() if not k.endswith(TIMING)} for row in trainer.state.log_history]
-    weights = {name: whole(p.detach()).clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    weights = {name: whole(p.detach()).clone().cpu() for name, p in trainer.model.named_parameters() if p.requires_grad}
     kinds = [one.kinds for one in trainer.callback_handler.callbacks if isinstance(one, KindsOfGradients)]
     return {"log": log, "weights": weights, "gradients": sorted(set().union(*kinds)), **more}
 
@@ -565,6 +566,4 @@ def main(out: Path, count: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import os
-
     main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), sys.argv[2:])

@@ -37,6 +37,7 @@ CASES = {
     "full": (False, {"torch_compile_backend": "aot_eager"}),
     "checkpointing": (True, {"torch_compile_backend": "aot_eager", "gradient_checkpointing": True}),
     "inductor": (True, {"max_steps": 2}),
+    "inductor on a GPU": pytest.param(True, {"max_steps": 2, "bf16": False}, marks=pytest.mark.gpu),
 }
 
 

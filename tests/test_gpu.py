@@ -566,8 +566,12 @@ def test_gradients_of_what_many_sequences_share_repeat_bitwise() -> None:
     assert all(torch.equal(one, other) for run in runs[1:] for one, other in zip(runs[0], run, strict=True))
 
 
-def test_two_runs_are_bitwise_the_same(rows, tokenizer, quick) -> None:
-    runs = [fastdpo.train(tiny_llama(), rows, processing_class=tokenizer, full_determinism=True, **quick) for _ in "ab"]
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_two_runs_are_bitwise_the_same(precision, adapters, rows, tokenizer, quick) -> None:
+    quick |= {"full_determinism": True, "processing_class": tokenizer, **precision}
+    peft_config = LoraConfig(r=8, target_modules="all-linear") if adapters else None
+    runs = [fastdpo.train(tiny_llama(), rows, peft_config=peft_config, **quick) for _ in "ab"]
     first, second = (run.model.state_dict() for run in runs)
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
@@ -675,8 +679,10 @@ ONE_B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16
 @pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("tokens", [2048, 8192])
 @pytest.mark.parametrize("shape", [SMALL, ONE_B], ids=["small", "1B"])
-def test_the_planned_peak_is_the_measured_one(shape, tokens, adapters, checkpoint) -> None:
+def test_the_planned_peak_is_the_measured_one(shape, tokens, adapters, checkpoint, record_property) -> None:
     needs(8 if shape is SMALL else 70)
     shape = {**shape, "num_key_value_heads": 8, "vocab_size": 128256 if shape is ONE_B else 32000}
     planned, measured = planned_and_measured(tokens, shape, adapters, checkpoint)
+    record_property("planned / measured", round(planned / measured, 3))
+    record_property("MiB measured", round(measured / MiB))
     assert abs(planned - measured) <= 0.1 * measured, (planned / MiB, measured / MiB)

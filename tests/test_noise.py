@@ -26,7 +26,7 @@ KEYS = [row_key(pair) for pair in PAIRS]
 def noise_of(batch: Any, size: int = 64, **changes: Any) -> torch.Tensor:
     """(R, T, D) of an embedding of zeros."""
     noise = EmbeddingNoise(**{"alpha": 5.0, "seed": 0, "step": lambda: 3, **changes})
-    return noise(batch, torch.zeros(*batch.input_ids.shape, size))
+    return noise(batch, torch.zeros(*batch.input_ids.shape, size, device=batch.input_ids.device))
 
 
 def bounds(size: int = 64) -> list[float]:
@@ -34,8 +34,9 @@ def bounds(size: int = 64) -> list[float]:
     return [5.0 / math.sqrt(length * size) for length in longer]
 
 
-def test_packed_noise_is_uniform_within_a_bound_by_the_pairs_own_longer_sequence() -> None:
-    parts = noise_of(pack(PAIRS, KEYS))[0].split([pair.length for pair in PAIRS])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_packed_noise_is_uniform_within_a_bound_by_the_pairs_own_longer_sequence(device: str) -> None:
+    parts = noise_of(pack(PAIRS, KEYS).to(torch.device(device)))[0].cpu().split([pair.length for pair in PAIRS])
     for part, bound in zip(parts, bounds(), strict=True):
         assert 0.98 * bound < part.abs().max() <= bound
         assert abs(part.mean()) < 0.05 * bound and part.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)

@@ -37,6 +37,9 @@ class Case:
     device: str
     values: tuple[tuple[str, str], ...]
 
+    def launches(self) -> Callable[[Values], object]:
+        return OPS[self.op].launches
+
     def __str__(self) -> str:
         return f"{self.op} " + " ".join(f"{factor}={value}" for factor, value in self.values)
 

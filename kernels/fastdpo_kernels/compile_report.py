@@ -124,7 +124,7 @@ def compiling_for(name: str) -> Iterator[list[tuple[str, Any]]]:
 
 def compile_case(case: Case) -> list[Kernel]:
     """Every kernel that a case launches."""
-    return compile_launches(OPS[case.op].launches, dict(case.values), case.device, str(case))
+    return compile_launches(case.launches(), dict(case.values), case.device, str(case))
 
 
 def compile_launches(launches: Callable[[Values], object], values: Values, device: str, options: str) -> list[Kernel]:
@@ -257,6 +257,14 @@ def _faults(kernel: Kernel) -> Iterator[str]:
 
 def compile_all(wanted: Sequence[Case], jobs: int) -> list[Kernel]:
     """Every case's kernels, each compiled kernel once, in the order of the cases."""
+    once: dict[tuple[str, ...], Kernel] = {}
+    for kernel in itertools.chain(*compile_each(wanted, jobs).values()):
+        once.setdefault((kernel.device, kernel.hash) if kernel.hash else (kernel.name, kernel.options), kernel)
+    return list(once.values())
+
+
+def compile_each(wanted: Sequence[Case], jobs: int) -> dict[Case, list[Kernel]]:
+    """The kernels that each case launches."""
     groups: dict[tuple[str, ...], list[Case]] = {}
     for case in wanted:  # kernels of one dtype and method have much in common, and a process keeps what it compiled
         values = dict(case.values)
@@ -265,22 +273,19 @@ def compile_all(wanted: Sequence[Case], jobs: int) -> list[Kernel]:
     for _ in range(jobs):
         idle.put(Worker())
 
-    def compiled(group: list[Case]) -> list[Kernel]:
+    def compiled(group: list[Case]) -> list[tuple[Case, list[Kernel]]]:
         worker = idle.get()
         try:
-            return [kernel for case in group for kernel in worker.compile(case)]
+            return [(case, worker.compile(case)) for case in group]
         finally:
             idle.put(worker)
             print(f"{group[0].op} on {group[0].device}: {len(group)} combinations done", file=sys.stderr)
 
     with ThreadPoolExecutor(jobs) as threads:
-        found = itertools.chain(*threads.map(compiled, groups.values()))
-    once: dict[tuple[str, ...], Kernel] = {}
-    for kernel in found:
-        once.setdefault((kernel.device, kernel.hash) if kernel.hash else (kernel.name, kernel.options), kernel)
+        found = dict(itertools.chain(*threads.map(compiled, groups.values())))
     for _ in range(jobs):
         idle.get().stop()
-    return list(once.values())
+    return found
 
 
 class Worker:

@@ -1,0 +1,234 @@
+"""`make gpu`: what it says without a device, and what its stages leave when parts of them fail, hang or die."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as command_line
+from benchmarks import gpu, gpu_page, outcomes
+
+ROOT = Path(__file__).parent.parent
+MACHINE = {"gpu": "NVIDIA H200", "gpu_memory": 2**37, "cuda": "12.8", "driver": "570", "cpu": "a CPU", "cores": 2}
+MODULES = {
+    "well": "print('all is well')",
+    "failing": "raise SystemExit('the reason')",
+    "hanging": "import subprocess, sys, time; print('begun', flush=True); subprocess.Popen([sys.executable, '-m', "
+    "'sleeping', 'OUT']).wait()",
+    "sleeping": "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)",
+}
+TESTS = """
+import os, time, pytest
+def test_that_passes(record_property): record_property("planned / measured", 0.97)
+def test_that_fails(): assert 1 + 1 == 3
+def test_that_is_skipped(): pytest.skip("no bf16 here")
+def test_that_dies(): os._exit(11)
+def test_after_it(): pass
+"""
+
+
+@pytest.fixture
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """-> runs a stage as if there were a GPU; -> whether it ended well, its record and its page."""
+    for name, code in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(code.replace("OUT", str(tmp_path / "process")))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # which would take longer than the tests
+    monkeypatch.setattr(gpu, "CUDA", type("Device", (), {"find": staticmethod(lambda: MACHINE)}))
+
+    def run(*parts: gpu.Part, **more: Any) -> tuple[bool, dict[str, Any], str]:
+        stages = {"tried": gpu.Stage("what is tried", parts, **more)}
+        monkeypatch.setattr(gpu, "STAGES", stages)
+        code = gpu.main(["--results", str(tmp_path / "out"), "--commit", "abc", "tried"])
+        texts = [(tmp_path / "out" / name).read_text() for name in ("gpu-tried.json", "gpu-tried.md", "gpu.md")]
+        return code == 0, json.loads(texts[0]), texts[1] + texts[2]
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    gpu.STOP.clear()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def part(module: str) -> gpu.Part:
+    return gpu.Part((module,), file="out.json")
+
+
+def test_without_a_device_every_stage_is_printed_with_its_commands_and_nothing_is_written(tmp_path: Path) -> None:
+    """By a Python that has no torch, as where nothing is installed yet."""
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu", "--results", str(tmp_path / "out")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "has no torch, so this is what `make gpu` would run" in done.stdout
+    for name, stage in gpu.STAGES.items():
+        assert f"make gpu-{name}: {stage.measures}" in done.stdout and f"gpu-{name}.json" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_make_hands_a_stage_and_its_folder_to_the_command() -> None:
+    command = ["make", "--no-print-directory", "-n", "gpu-memory", "RESULTS=/somewhere", "COMMIT=abc"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert re.search(r"-m benchmarks\.gpu +--results /somewhere +--commit abc +memory$", done.stdout.strip())
+
+
+def test_every_stage_ends_within_nine_minutes_by_commands_that_there_are() -> None:
+    options = gpu._options(["--commit", "abc", "--unsloth", "/site"])
+    for stage in gpu.STAGES.values():
+        assert stage.seconds + gpu.GRACE <= 540
+        for one in stage.parts:
+            words = one.command(options)
+            if not one.is_test:
+                given = command_line.parser().parse_args(words[words.index("benchmarks") + 1 :])
+                assert (given.device, given.commit) == ("cuda", "abc")
+                assert (getattr(given, "seconds", None) or 0) < stage.seconds
+
+
+def test_every_file_of_tests_for_a_gpu_is_in_a_stage() -> None:
+    run = {words for stage in gpu.STAGES.values() for one in stage.parts for words in one.words}
+    for file in sorted(Path(__file__).parent.glob("test_*.py")):
+        runs_there = re.search(r"^(@|pytestmark = |.*marks=)pytest\.mark\.(gpu|kernels)", file.read_text(), re.M)
+        assert (f"tests/{file.name}" in run) == bool(runs_there), file.name
+
+
+def test_an_unknown_stage_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu.main(["step-9b"])
+    assert "there is no stage step-9b; there are tests, " in capsys.readouterr().err
+
+
+def test_a_part_that_fails_costs_the_others_nothing_and_its_last_words_are_kept(stage: Any) -> None:
+    well, record, page = stage(part("failing"), part("well"))
+    assert not well and [row["ended"] for row in record["parts"]] == ["with 1", "well"]
+    assert "the reason" in record["parts"][0]["output"] and "the reason" in page
+    assert record["machine"]["driver"] == "570" and record["versions"]["torch"] and record["commit"] == "abc"
+    assert "| gpu-tried | 1 of 2 commands failed |" in page
+
+
+def test_a_stage_whose_time_is_up_ends_what_runs_and_says_what_it_had(stage: Any, tmp_path: Path) -> None:
+    """With the processes that it had started."""
+    well, record, page = stage(part("well"), part("hanging"), part("well"), seconds=2)
+    ended = [row["ended"] for row in record["parts"]]
+    assert not well and ended == ["well", "cut off: the stage's time was up", "not begun: no time was left"]
+    assert "begun" in page and "**cut off: the stage's time was up**" in page
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int((tmp_path / "process").read_text()), 0)
+            time.sleep(0.1)
+
+
+def test_a_signal_ends_what_runs_and_the_rest_is_written_down(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_write", lambda file, record: (write(file, record), os.kill(os.getpid(), signal.SIGTERM)))
+    well, record, _ = stage(part("hanging"), part("well"))
+    assert not well and [row["seconds"] for row in record["parts"]] == [0.0, 0.0]
+
+
+write = gpu._write
+
+
+def test_a_test_that_kills_its_process_costs_the_others_nothing(stage: Any, tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(TESTS)
+    well, record, page = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))))
+    found = {row["test"].split("::")[1].removeprefix("test_"): row["outcome"] for row in record["parts"][0]["tests"]}
+    expected = {"that_passes": "passed", "that_fails": "failed", "that_is_skipped": "skipped"}
+    assert found == {**expected, "that_dies": outcomes.DIED, "after_it": "passed"}
+    assert not well and record["parts"][0]["ended"] == "2 failed"
+    assert "2 passed, 1 failed, 1 skipped, 1 died" in page and "- skipped 1: no bf16 here" in page
+    assert "- failed: `test_that_fails`: assert (1 + 1) == 3" in page
+    assert "- `test_that_passes`: planned / measured 0.97" in page
+
+
+def test_tests_that_no_time_was_left_for_are_counted(stage: Any, tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text("import time\ndef test_a(): time.sleep(60)\ndef test_b(): pass\n")
+    well, record, page = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))), seconds=3)
+    assert not well and record["parts"][0]["ended"] == "cut off: the stage's time was up"
+    assert "test_some.py: 1 died, 1 not reached." in page
+
+
+def test_a_test_that_hangs_is_ended_and_the_next_one_runs(
+    stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SILENT", 2)
+    (tmp_path / "test_some.py").write_text("import time\ndef test_a(): time.sleep(60)\ndef test_b(): pass\n")
+    _, record, _ = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))))
+    assert [row["outcome"] for row in record["parts"][0]["tests"]] == [outcomes.DIED, "passed"]
+
+
+def test_after_a_fault_of_the_gpu_the_other_tests_get_a_new_process(stage: Any, tmp_path: Path) -> None:
+    """An illegal access ends a process's CUDA context: what ran after it would fail, too."""
+    (tmp_path / "test_some.py").write_text("""
+import os, sys, types
+def fault(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=fault)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+def test_a(record_property):
+    record_property("process", os.getpid())
+    assert False
+def test_b(record_property): record_property("process", os.getpid())
+""")
+    _, record, _ = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))))
+    first, second = record["parts"][0]["tests"]
+    assert (first["outcome"], second["outcome"]) == ("failed", "passed") and first["figures"] != second["figures"]
+    assert record["parts"][0]["ended"] == "1 failed" and "the GPU answers no more" in record["parts"][0]["output"]
+
+
+def test_what_watches_tests_may_find_a_fault_that_they_pass_by(stage: Any, tmp_path: Path) -> None:
+    """As a sanitizer does, by an exit code of its own."""
+    (tmp_path / "test_some.py").write_text("def test_a(): pass")
+    watcher = tmp_path / "watcher"
+    watcher.write_text('#!/bin/sh\n"$@"\nexit 9\n')
+    watcher.chmod(0o755)
+    well, record, page = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py")), under=(str(watcher),)))
+    assert not well and record["parts"][0]["ended"] == "with 9" and "1 passed" in page
+
+
+def test_tests_that_cannot_be_collected_are_a_failure(stage: Any, tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text("import no_such_module")
+    well, record, page = stage(gpu.Part(("pytest", str(tmp_path / "test_some.py"))))
+    assert not well and record["parts"][0]["ended"] == "with 2" and "no_such_module" in page
+
+
+def test_a_program_that_is_not_there_is_said_and_is_no_failure(stage: Any) -> None:
+    well, record, _ = stage(gpu.Part(("well",), file="out.json", under=("no-such-sanitizer",)))
+    assert well and record["parts"][0]["ended"] == "not run: no-such-sanitizer is not on PATH"
+
+
+def test_a_page_of_kernels_has_a_row_a_task_and_says_why_others_have_no_number() -> None:
+    result = json.loads((ROOT / "benchmarks/results/kernels-cpu.json").read_text())
+    text = gpu_page.numbers(result)
+    tasks = {(row["op"], tuple(row["shape"]), row["wants"]) for row in result["rows"]}
+    assert sum(line.startswith("| ") for line in text.splitlines()) == len(tasks) + 2
+    heads = [row for row in result["rows"] if row["op"] == "linear_logps" and row["shape"] == [256, 4096, 256]]
+    fastest = min((row for row in heads if row["wants"] == "forward" and row["median"]), key=lambda row: row["median"])
+    (line,) = [line for line in text.splitlines() if line.startswith("| linear_logps, 256x4096x256, forward |")]
+    assert f"{fastest['contender']} | {1e3 * fastest['median']:.3g} |" in line
+    assert "method='fused' needs a GPU." in text
+
+
+def test_the_page_over_all_counts_aims_and_names_those_that_were_missed(tmp_path: Path) -> None:
+    """Of a recorded run, one of whose aims it cannot have met."""
+    shutil.copy(ROOT / "benchmarks/results/step-cpu-20m-hh-rlhf.json", tmp_path / "step.json")
+    result = json.loads((tmp_path / "step.json").read_text())
+    speed = next(ratio for ratio in result["ratios"] if ratio["name"] == "speed of fastdpo / TRL default, 1 epoch")
+    speed["value"] = 0.5
+    (tmp_path / "step.json").write_text(json.dumps(result))
+    origin = {name: result[name] for name in ("date", "commit", "machine", "python", "versions", "uncommitted_changes")}
+    parts = [{"command": "step", "ended": "well", "ok": True, "seconds": 3.0, "file": "step.json"}]
+    record = {"stage": "step", "measures": "a step", **origin, "parts": parts}
+    (tmp_path / "gpu-step.json").write_text(json.dumps(record))
+    text = gpu_page.over_all(["step", "memory"], tmp_path)
+    aims = sum(1 for line in gpu_page.page(record, tmp_path).splitlines() if line.endswith(("| met |", "| missed |")))
+    assert f"| gpu-step | well | 0 | {aims - 1} | 1 |" in text
+    assert "- gpu-step: speed of fastdpo / TRL default, 1 epoch | 0.50 | >= 2.5 | missed" in text
+    assert "| gpu-memory | not run |" in text
