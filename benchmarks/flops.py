@@ -44,12 +44,26 @@ class Passes:
     head_weight: float  # the head's product for its own gradient
 
     @classmethod
-    def of(cls, model: Model, lora_rank: int | None, tokens: int, scored: int, keys: float, attention: float) -> Passes:
-        """`keys`: products of queries with keys; `attention`: the backward's attention over the forward's."""
+    def of(
+        cls,
+        model: Model,
+        lora_rank: int | None,
+        tokens: int,
+        scored: int,
+        keys: float,
+        attention: float,
+        unread: int = 0,
+    ) -> Passes:
+        """`keys`: products of queries with keys; `attention`: the backward's attention over the forward's; `unread`:
+        rows that the last block's MLP leaves out.
+        """
         layers, linears = model.num_hidden_layers, model.linears
-        base = 2.0 * tokens * layers * sum(i * o for i, o in linears.values())
+        mlp = [linears[name] for name in ("gate_proj", "up_proj", "down_proj")]
+        base = 2.0 * tokens * layers * sum(i * o for i, o in linears.values()) - 2.0 * unread * sum(
+            i * o for i, o in mlp
+        )
         full, rank = lora_rank is None, lora_rank or 0
-        factors = 2.0 * tokens * layers * rank * sum(i + o for i, o in linears.values())
+        factors = 2.0 * rank * (tokens * layers * sum(map(sum, linears.values())) - unread * sum(map(sum, mlp)))
         scores = 4.0 * model.hidden_size * layers * keys  # and their product with the values
         inputs = [linears[name] for name in ("q_proj", "k_proj", "v_proj")]
         first = 0.0 if full else 2.0 * tokens * sum(i * o + rank * i for i, o in inputs)
@@ -80,8 +94,10 @@ def needed_flops(pairs: list[PairLengths], model: Model, lora_rank: int | None, 
 
 
 def _packed(pairs: list[PairLengths], model: Model, lora_rank: int | None, keys: float, attention: float) -> Passes:
+    """The head reads a pair's last prompt token for both responses, and of each response all tokens but the last."""
     scored = sum(pair.chosen + pair.rejected for pair in pairs)
-    return Passes.of(model, lora_rank, sum(pair.prompt for pair in pairs) + scored, scored, keys, attention)
+    unread = sum(pair.prompt + 1 for pair in pairs)
+    return Passes.of(model, lora_rank, sum(pair.prompt for pair in pairs) + scored, scored, keys, attention, unread)
 
 
 def _rectangles(pair: PairLengths) -> int:
