@@ -676,6 +676,8 @@ class DPOConfig(TrainingArguments):
             )
         if asked_plugin(self.fsdp_plugin_args) is not None:
             self._check_sharded()
+            if self.world_size == 1:
+                logger.info("fsdp: one process holds all of the model, as there is none to share it with")
         if self.use_cpu and self.device.type != "cpu":
             raise ValueError(
                 f"use_cpu was set after {self.device} had been chosen: give use_cpu=True when the config is made."

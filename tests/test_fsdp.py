@@ -180,6 +180,12 @@ def test_deepspeed_is_refused_and_what_to_take_is_named(quick: dict, monkeypatch
         fastdpo.DPOConfig(**quick)
 
 
+def test_one_process_says_that_it_shares_with_nobody(quick: dict, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "fastdpo.config"):
+        fastdpo.DPOConfig(**quick, fsdp=True)
+    assert "one process holds all of the model" in caplog.text
+
+
 def test_settings_without_fsdp_are_refused(quick: dict) -> None:
     with pytest.raises(ValueError, match="fsdp_config was given without fsdp=True"):
         fastdpo.DPOConfig(**quick, fsdp_config={"reshard_after_forward": False})
