@@ -77,7 +77,7 @@ class Segments(_TensorFields):
     key_lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]  # (P,)
     scored: Tensor  # int64, the rows among `logit_rows`, each once
-    crowded: bool = False  # some token is in more than two sequences
+    crowded: bool = False  # pairs share tokens: some are in more than two sequences
     masks: dict[tuple, Tensor] = field(default_factory=dict, compare=False, repr=False)  # by attention_backends
 
 
@@ -141,7 +141,7 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), least_shared: int | 
     logit_rows: list[int] = []
     query_lengths: list[int] = []
     key_lengths: list[int] = []
-    known = _Prefixes()
+    known, crowded = _Prefixes(), False
     for pair in pairs:
         other: list[int] = []  # the pair's other sequence, and its rows
         rows: list[int] = []
@@ -151,7 +151,8 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), least_shared: int | 
             if least_shared is not None:
                 begun = rows[: _alike(other, tokens[:-1])]
                 elsewhere = known.rows(tokens)
-                begun = elsewhere if len(elsewhere) >= len(begun) + least_shared else begun
+                if len(elsewhere) >= len(begun) + least_shared:
+                    begun, crowded = elsewhere, True
             fresh = tokens[len(begun) :]
             other, rows = tokens, [*begun, *range(len(ids), len(ids) + len(fresh))]
             known.add(tokens, rows)
@@ -161,23 +162,22 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), least_shared: int | 
             query_lengths.append(len(fresh))
             key_lengths.append(len(rows))
             logit_rows += rows[max(len(pair.prompt) + first, 1) - 1 : -1]  # both first tokens by the prompt's last one
-    index, scored = (torch.tensor(rows, dtype=torch.int64) for rows in (key_index, logit_rows))
     segments = Segments(
-        index,
+        torch.tensor(key_index, dtype=torch.int64),
         _offsets(query_lengths),
         _offsets(key_lengths),
         tuple(query_lengths),
         tuple(key_lengths),
         tuple(len(pair.prompt) for pair in pairs),
-        scored.unique(),
-        crowded=bool((index.bincount() > 2).any()),
+        torch.tensor(sorted(set(logit_rows)), dtype=torch.int64),
+        crowded,
     )
     return PreferenceBatch(
         torch.tensor([ids], dtype=torch.int64),
         torch.tensor([positions], dtype=torch.int64),
         None,
         segments,
-        scored,
+        torch.tensor(logit_rows, dtype=torch.int64),
         **_scored(pairs, keys),
     )
 
