@@ -1,6 +1,6 @@
 """`python -m benchmarks step`, `parts`, `trace`, `memory` and `kernels` measure, `table` writes the tables again.
 
-`estimate` reckons, and measures nothing.
+`explore` tries ideas out; `estimate` reckons, and measures nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import estimate, kernels, memory, memory_table, parts, step, table, trace
+from benchmarks import estimate, explore, kernels, memory, memory_table, parts, step, table, trace
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
 from benchmarks.workload import PROFILES
@@ -42,7 +42,10 @@ def parser() -> argparse.ArgumentParser:
     _add_memory_options(most)
     for command in (run, race, most):
         command.add_argument("--seconds", type=float, help="after them no further contender gets its turn")
-    for command in (run, share, view, race, most):
+    try_out = commands.add_parser("explore", help="ideas, with a number for or against each")
+    try_out.add_argument("name", choices=explore.NAMES)
+    try_out.add_argument("--data", type=Path, help="jsonl of prompt, chosen, rejected, for what trains a small model")
+    for command in (run, share, view, race, most, try_out):
         default = CUDA.name if command is most else CPU.name
         command.add_argument("--device", choices=list(DEVICES), default=default, help="default %(default)s")
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default %(default)s)")
@@ -80,6 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "kernels":
         options.output = options.output or table.RESULTS / f"kernels-{options.device}.json"
         return kernels.main(options)
+    if options.command == "explore":
+        options.output = options.output or table.RESULTS / f"explore-{options.name}-{options.device}.json"
+        if options.name in explore.NEED_DATA and options.data is None:
+            commands.error(f"explore {options.name} trains on preference pairs: give them by --data FILE.jsonl")
+        return explore.main(options)
     if options.command == "memory":
         if (options.device == CPU.name) != bool(options.most_tokens):
             commands.error("--most-tokens stands in for the memory of a GPU: give it with --device cpu, and only then")
