@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.device import CUDA, Device
 from benchmarks.flops import needed_flops
@@ -62,7 +62,7 @@ def product(x: Tensor, weight: Tensor, gradients: torch.dtype) -> Tensor:
     return _Product.apply(x.bfloat16(), codes, codes.T.contiguous(), scales, gradients)
 
 
-def attach(model: nn.Module, gradients: torch.dtype) -> list[Any]:
+def attach(model: Any, gradients: torch.dtype) -> list[Any]:
     """From here on, the frozen layers under adapters multiply in FP8. -> those layers"""
     layers = [module.base_layer for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:

@@ -1,37 +1,30 @@
 """Frozen weights in FP8: what that does to a DPO run, held against what bf16 does, and what it can save.
 
-The same adapters are trained on the same pairs in the same order in fp32, in bf16, and in bf16 with the frozen layers'
-products in FP8 (`float8.py`): forward and backward, policy and reference. Adapters, head, embedding, norms and attention
-are bf16's. Everything is compared with fp32.
+The same adapters are trained on the same pairs in the same order in fp32, in bf16, and in bf16 with the products of
+frozen layers in FP8 (`float8.py`): forward and backward, policy and reference. Adapters, head, embedding, norms and
+attention are as in bf16. Everything is compared with fp32.
 """
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from statistics import mean
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 
 from benchmarks.device import DEVICES, Device
 from benchmarks.explore import small
 from benchmarks.explore.float8 import E4M3, E5M2, attach, detached, saved, timed
+from benchmarks.explore.stepping import Stepping
 from benchmarks.models import MODELS
-from benchmarks.run import lora
 from benchmarks.workload import build_model
-from fastdpo.batch import OptimizerBatch, pack
-from fastdpo.config import DPOConfig
 from fastdpo.data import TokenPair
-from fastdpo.losses import pairwise_loss
-from fastdpo.model import Policy, prepare_precision
-from fastdpo.reference import Reference, adapter_switch
-from fastdpo.step import SUMS, PreferenceStep
+from fastdpo.step import SUMS
 
 BATCH, EPOCHS, HELD_OUT, LEARNING_RATE, SEEDS = 8, 8, 32, 3e-4, 3  # of 88 pairs 56 train: 56 steps
 PROFILES_SHOWN = "hh-rlhf", "ultrafeedback"
@@ -54,38 +47,22 @@ KINDS = (
 )
 
 
-class Run:
-    """A LoRA policy, its reference and the step over both."""
+class Run(Stepping):
+    """The small model, trained in one way."""
 
     def __init__(self, kind: Kind, weights: dict[str, Tensor], device: Device, seed: int) -> None:
         model: Any = build_model(small.SHAPE, 4 * small.LONGEST, kind.dtype, device.place)
         model.load_state_dict(weights)
         torch.manual_seed(seed)
-        adapted: Any = get_peft_model(model, lora())
-        autocast = None if kind.dtype == "float32" else torch.bfloat16
-        prepare_precision(adapted, autocast)
-        layers = attach(adapted, kind.gradients) if kind.gradients else []
-        self.policy, self.device = Policy(adapted, autocast).train(), device
-        reference = Reference(self.policy, adapter_switch(adapted, adapted.disable_adapter), "adapters off", True)
+        super().__init__(model)
+        layers = attach(self.policy, kind.gradients) if kind.gradients else []
+        if not kind.reference_too:
+            self.around_reference = partial(detached, layers)
 
-        def compute(batch: Any) -> Tensor:
-            with nullcontext() if kind.reference_too else detached(layers):
-                return reference.compute(batch)
-
-        options = DPOConfig(output_dir="unused", use_cpu=device.place == "cpu", bf16=False, report_to="none")
-        self.step = PreferenceStep(self.policy, compute, pairwise_loss(options))
-        self.trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-
-    def batch(self, pairs: list[TokenPair]) -> OptimizerBatch:
-        one = pack(pairs).to(self.device.place)
-        return OptimizerBatch([one], one.num_pairs, one.num_chosen_tokens, one.num_tokens, [one.num_pairs])
-
-    def backward(self, pairs: list[TokenPair]) -> tuple[dict[str, float], Tensor]:
-        """Gradients of the mean loss. -> means over the pairs, and the margins."""
-        [computed] = self.step(self.batch(pairs))
-        computed.loss.backward()
-        sums = dict(zip(SUMS, (computed.sums / len(pairs)).tolist(), strict=True))
-        return sums, computed.pairs.rewards[:, 0] - computed.pairs.rewards[:, 1]
+    def means(self, pairs: list[TokenPair]) -> dict[str, float]:
+        """Gradients of the mean loss. -> means over the pairs."""
+        sums = self.backward(self.batch(pairs)).sums / len(pairs)
+        return dict(zip(SUMS, sums.tolist(), strict=True))
 
     def train(self, pairs: list[TokenPair], order: Random) -> list[dict[str, float]]:
         """Half of the epochs. -> what each step had."""
@@ -93,7 +70,7 @@ class Run:
         for _ in range(EPOCHS // 2):
             shuffled = order.sample(pairs, len(pairs))
             for start in range(0, len(pairs), BATCH):
-                history.append(self.backward(shuffled[start : start + BATCH])[0])
+                history.append(self.means(shuffled[start : start + BATCH]))
                 optimizer.step()
                 optimizer.zero_grad()
         return history
@@ -108,13 +85,14 @@ class Run:
 
     def seen(self, pairs: list[TokenPair]) -> tuple[Tensor, Tensor, Tensor]:
         """-> token log-probs, margins and the gradient of all that trains, as one vector."""
+        batch = self.batch(pairs)
         with torch.no_grad():
-            logps, _ = self.policy(self.batch(pairs).microbatches[0])
-        _, margins = self.backward(pairs)
+            logps, _ = self.policy(batch.microbatches[0])
+        rewards = self.backward(batch).pairs.rewards
         gradient = torch.cat([parameter.grad.flatten() for parameter in self.trained.values()])  # type: ignore[union-attr]
         for parameter in self.trained.values():
             parameter.grad = None
-        return logps, margins.detach(), gradient
+        return logps, (rewards[:, 0] - rewards[:, 1]).detach(), gradient
 
 
 @dataclass(frozen=True)
@@ -146,7 +124,7 @@ def compared(
     run.put(begin)
     history = [step for _ in range(2) for step in run.train(pairs[HELD_OUT:], order)]
     apart = [abs(one["loss"] - other["loss"]) for one, other in zip(history, truth.history, strict=True)]
-    last, end = history[-((len(pairs) - HELD_OUT) // BATCH) :], run.backward(held_out)[0]
+    last, end = history[-((len(pairs) - HELD_OUT) // BATCH) :], run.means(held_out)
     return {
         "run": kind.name,
         "first margins, largest": first_margins.abs().max().item(),

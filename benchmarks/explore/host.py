@@ -1,9 +1,9 @@
 """How long the host takes to ask for one micro-batch, and below how many tokens a GPU waits for it.
 
-The model has all of its layers and only tiny widths, so that asking is all that takes time: modules, autograd, autocast,
-adapters, fused blocks. On a CPU Triton's kernels are bound to their arguments as for an H200 and not launched, attention
-gives memory as it comes, and what is left of products takes microseconds; what counts is processor time. On a GPU all
-of it runs, and what counts is the time until everything has been asked for.
+The model has all of its layers and only tiny widths, so that asking is all that takes time: modules, autograd,
+autocast, adapters, fused blocks. On a CPU Triton's kernels are bound to their arguments as for an H200 and not
+launched, attention gives memory as it comes, and what is left of products takes microseconds; what counts is processor
+time. On a GPU all of it runs, and what counts is the time until everything has been asked for.
 
 A GPU waits where the least time that a micro-batch takes it (its FLOPs at an MFU of 0.5) is below the host's.
 """
@@ -20,27 +20,23 @@ from typing import Any
 from unittest import mock
 
 import torch
-from peft import get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.device import CPU, DEVICES, Device
 from benchmarks.estimate import PEAK
+from benchmarks.explore.stepping import Stepping
 from benchmarks.flops import needed_flops
 from benchmarks.models import MODELS, Model
-from benchmarks.run import LORA_RANK, lora
+from benchmarks.run import LORA_RANK
 from benchmarks.workload import PROFILES, build_model, pair_lengths
 from fastdpo import attention_backends
 from fastdpo.attention_backends import Facts
-from fastdpo.batch import OptimizerBatch, pack
-from fastdpo.config import DPOConfig
 from fastdpo.data import TokenPair
 from fastdpo.first_use import Checks
-from fastdpo.losses import pairwise_loss
-from fastdpo.model import Policy, prepare_precision
+from fastdpo.model import Policy
 from fastdpo.patching import patched
-from fastdpo.reference import Reference, adapter_switch
-from fastdpo.step import TOKEN_STATS, PreferenceStep
+from fastdpo.step import TOKEN_STATS
 from fastdpo_kernels.compile_report import compiling_for
 
 HALF_B = Model("qwen2.5-0.5b", "Qwen2.5-0.5B's shape", "qwen2", 151_936, 896, 4864, 24, 14, 2, True, True, 1e-4)
@@ -61,27 +57,17 @@ class Asked:
 
 def micro_batch(model: Model, device: Device) -> Asked:
     """A LoRA model with the layers of `model`, in bf16 with adapters in fp32, and what is done with 8 small pairs."""
-    shrunk: Any = build_model(replace(model, **TINY), 1024, "bfloat16", device.place)  # type: ignore[arg-type]
-    adapted: Any = get_peft_model(shrunk, lora())
-    prepare_precision(adapted, torch.bfloat16)
-    policy = Policy(adapted, torch.bfloat16).train()
-    reference = Reference(policy, adapter_switch(adapted, adapted.disable_adapter), "adapters off", True)
-    batch = pack(PAIRS).to(device.place)
-    whole = OptimizerBatch([batch], batch.num_pairs, batch.num_chosen_tokens, batch.num_tokens, [batch.num_pairs])
-    loss = pairwise_loss(DPOConfig(output_dir="unused", use_cpu=device is CPU, bf16=False, report_to="none"))
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    run = Stepping(build_model(replace(model, **TINY), 1024, "bfloat16", device.place))  # type: ignore[arg-type]
+    whole, trained = run.batch(PAIRS), list(run.trained.values())
+    [batch] = whole.microbatches
     optimizer = torch.optim.AdamW(trained, fused=True)
-
-    def step() -> None:
-        for computed in PreferenceStep(policy, reference.compute, loss)(whole):
-            computed.loss.backward()
 
     def update() -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
-    passes = {"reference": lambda: reference.compute(batch), "forward": lambda: policy(batch, TOKEN_STATS)}
-    return Asked(policy, {**passes, "micro-batch": step, "update": update})
+    passes = {"reference": lambda: run.reference.compute(batch), "forward": lambda: run.policy(batch, TOKEN_STATS)}
+    return Asked(run.policy, {**passes, "micro-batch": lambda: run.backward(whole), "update": update})
 
 
 class _NoAttention(torch.autograd.Function):
@@ -136,7 +122,7 @@ def seconds_of_product(device: Device, times: int = 1000) -> float:
     device.wait()
     start = time.process_time()
     for _ in range(times):
-        left @ right.T
+        torch.mm(left, right.T)
     return (time.process_time() - start) / times
 
 
