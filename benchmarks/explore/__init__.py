@@ -15,8 +15,8 @@ from benchmarks.device import DEVICES
 from benchmarks.markdown import table
 from benchmarks.provenance import provenance
 
-NAMES = ("host", "fp8")
-NEED_DATA = ("fp8",)
+NAMES = ("compiled", "dequantise", "fp8", "graphs", "host", "sparse")
+NEED_DATA = ("fp8", "sparse")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 

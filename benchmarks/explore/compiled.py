@@ -110,8 +110,8 @@ def counting() -> Iterator[list[int]]:
 
     def codegen(self: Any) -> Any:
         code = generate(self)
-        apart = [node for node in self.scheduler.nodes if "attention" not in str(getattr(node.node, "python_kernel_name", ""))]
-        found.append(sum(node.get_read_write_buffers_sizes() for node in apart))
+        names = [(str(getattr(node.node, "python_kernel_name", "")), node) for node in self.scheduler.nodes]
+        found.append(sum(node.get_read_write_buffers_sizes() for name, node in names if "attention" not in name))
         return code
 
     with ExitStack() as stack:
