@@ -75,7 +75,6 @@ def examined(what: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> list
     return rows
 
 
-@torch.no_grad()
 def small_head(pairs: list[TokenPair], options: Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden rows, head and targets of the small trained model on all responses."""
     device = DEVICES[options.device]
@@ -83,8 +82,9 @@ def small_head(pairs: list[TokenPair], options: Namespace) -> tuple[Tensor, Tens
     model.load_state_dict(small.learned(pairs, device)[0])
     batches = [pack([pair]).to(device.place) for pair in pairs]
     policy = Policy(model)
-    hidden = torch.cat([policy.hidden_rows(batch) for batch in batches])
-    return hidden, model.lm_head.weight, torch.cat([batch.targets for batch in batches])
+    with torch.no_grad():
+        hidden = torch.cat([policy.hidden_rows(batch) for batch in batches])
+    return hidden, model.lm_head.weight.detach(), torch.cat([batch.targets for batch in batches])
 
 
 def bound(name: str, profile: str) -> dict[str, Any]:
