@@ -35,7 +35,7 @@ from fastdpo.data import TokenPair
 from fastdpo.model import base_model
 from fastdpo.patching import patched
 
-ROUNDS = 9
+ROUNDS = 7
 TOKENS = 64, 128  # what does not grow with them falls out of the difference
 
 
