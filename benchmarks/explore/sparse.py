@@ -55,10 +55,11 @@ def examined(what: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> list
     """Every epsilon and order, on the second half of the tokens; errors are relative, in the Frobenius norm."""
     probabilities = (hidden.float() @ weight.float().T).softmax(1)
     first, rest = probabilities.chunk(2)
+    entries = torch.arange(len(rest), device=rest.device), targets[len(first) :]
     gradient = -rest
-    gradient[torch.arange(len(rest)), targets[len(first) :]] += 1
+    gradient[entries] += 1
     exact = (hidden[len(first) :].double() @ weight.double().T).softmax(1).neg_()
-    exact[torch.arange(len(rest)), targets[len(first) :]] += 1
+    exact[entries] += 1
     truth = exact @ weight.double()
 
     def error(approximate: Tensor, words: Tensor) -> float:
