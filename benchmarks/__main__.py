@@ -1,6 +1,6 @@
 """`python -m benchmarks step`, `parts`, `trace`, `memory`, `kernels`, `tune` measure, `table` writes the tables again.
 
-`estimate` reckons, and measures nothing.
+`explore` tries ideas out; `estimate` reckons, and measures nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import estimate, kernels, memory, memory_table, pages, parts, step, table, trace, tune
+from benchmarks import estimate, explore, kernels, memory, memory_table, pages, parts, step, table, trace, tune
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
 from benchmarks.workload import PROFILES
@@ -48,7 +48,10 @@ def parser() -> argparse.ArgumentParser:
     best.add_argument("--arch", nargs="+", metavar="GPU", help=f"to compile for; default: all, without a GPU {tune.ON}")
     for command in (run, race, most, best):
         command.add_argument("--seconds", type=float, help="after them no further contender gets its turn")
-    for command in (run, share, view, race, most, best):
+    try_out = commands.add_parser("explore", help="ideas, with a number for or against each")
+    try_out.add_argument("name", choices=explore.NAMES)
+    try_out.add_argument("--data", type=Path, help="jsonl of prompt, chosen, rejected, for what trains a small model")
+    for command in (run, share, view, race, most, best, try_out):
         default = CUDA.name if command in (most, best) else CPU.name
         command.add_argument("--device", choices=list(DEVICES), default=default, help="default %(default)s")
         command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default %(default)s)")
@@ -90,6 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.device != CUDA.name:
             commands.error("--device cpu, expected cuda: Triton's kernels run on no CPU")
         return tune.main(options)
+    if options.command == "explore":
+        options.output = options.output or table.RESULTS / f"explore-{options.name}-{options.device}.json"
+        if options.name in explore.NEED_DATA and options.data is None:
+            commands.error(f"explore {options.name} trains on preference pairs: give them by --data FILE.jsonl")
+        return explore.main(options)
     if options.command == "memory":
         if (options.device == CPU.name) != bool(options.most_tokens):
             commands.error("--most-tokens stands in for the memory of a GPU: give it with --device cpu, and only then")

@@ -497,7 +497,10 @@ def test_what_is_needed_is_the_count_with_half_of_the_attention() -> None:
     weights = model.num_hidden_layers * sum(i * o for i, o in model.linears.values())
     mlp = 3 * model.hidden_size * model.intermediate_size
     unread = 5 + 1  # prompt rows but the last, and the last of both responses
-    assert with_reference == 2 * (12 * weights - unread * mlp) + scores * seen + 2 * model.vocab_size * model.hidden_size * 7
+    assert (
+        with_reference
+        == 2 * (12 * weights - unread * mlp) + scores * seen + 2 * model.vocab_size * model.hidden_size * 7
+    )
 
 
 def test_the_counter_sees_the_products_of_a_gpus_kernels() -> None:

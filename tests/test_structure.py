@@ -138,7 +138,7 @@ def test_the_kernels_know_nothing_of_fastdpo_transformers_or_peft() -> None:
 
 def test_benchmarks_do_not_import_tests_and_packages_import_neither() -> None:
     tests = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tests"}
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "benchmarks").rglob("*.py"):
         assert not {module.split(".")[0] for module in imported(path)} & tests, path.name
     for path in [*FASTDPO.values(), *KERNELS]:
         assert not {module.split(".")[0] for module in imported(path)} & (tests | {"benchmarks"}), path.name

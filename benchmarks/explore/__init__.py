@@ -1,0 +1,46 @@
+"""`python -m benchmarks explore NAME`: ideas with a number for or against each, one file an idea.
+
+Where there is no GPU, what can be had without one: numbers emulated, FLOPs and bytes counted, the host timed. With
+`--device cuda` the same command measures. docs/LOG.md has the verdicts.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from importlib import import_module
+from typing import Any
+
+from benchmarks.device import DEVICES
+from benchmarks.markdown import table
+from benchmarks.provenance import provenance
+
+NAMES = ("compiled", "dequantise", "fp8", "graphs", "host", "sparse")
+NEED_DATA = ("fp8", "sparse")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+
+
+def main(options: Namespace) -> int:
+    """Runs one, writes its JSON, prints its tables."""
+    import torch
+
+    device = DEVICES[options.device]
+    machine = device.find()
+    if machine is None:
+        print(f"skipped: no {device.name.upper()} device that torch can use")
+        return 0
+    torch.set_num_threads(options.threads)
+    origin = provenance(machine, options.threads, PACKAGES, options.commit)
+    tables = import_module(f"benchmarks.explore.{options.name}").measure(options)
+    result = {"benchmark": "explore", "name": options.name, "device": device.name, **origin, "tables": tables}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n\n".join(f"{title}\n\n{rendered(rows)}" for title, rows in tables.items()))
+    print(f"written to {options.output}")
+    return 0
+
+
+def rendered(rows: list[dict[str, Any]]) -> str:
+    """The first row's keys are the columns."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()] for row in rows]
+    return table(list(rows[0]), cells)
