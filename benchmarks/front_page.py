@@ -29,7 +29,7 @@ def steps(folder: Path) -> list[Result]:
 
 
 def claim(folder: Path) -> str:
-    """One sentence with its numbers: the first planned step on a GPU, or else on a CPU."""
+    """One sentence with its numbers, the closest rival first: the first planned step on a GPU, or else on a CPU."""
     usual = [result for result in steps(folder) if not worst.case(result)]
     measured = [result for result in usual if result["device"] == CUDA.name] or usual
     compared = next((result for result in measured if worst.times_faster(result)), None)
@@ -37,7 +37,7 @@ def claim(folder: Path) -> str:
         return "No step has been measured against another trainer yet.\n"
     faster, rows = worst.times_faster(compared), compared["configurations"]
     closest = min(faster, key=lambda name: faster[name])
-    rivals = [name for name in dict.fromkeys(["TRL default", "TRL tuned", closest]) if name in faster]
+    rivals = [name for name in dict.fromkeys([closest, "TRL tuned", "TRL default"]) if name in faster]
     first, *others = [f"{faster[name]:.1f} times as {_IN_FULL.get(name, name)}" for name in rivals]
     speeds = _listed([first.replace(" times as ", " times as fast as ", 1), *others])
     share = rows["fastdpo"]["peak_memory"] / rows[rivals[0]]["peak_memory"]
@@ -50,7 +50,7 @@ def claim(folder: Path) -> str:
 
 _IN_FULL = {
     "TRL default": "TRL 1.16 as it comes",
-    "TRL tuned, response rows only": "TRL tuned and told to score response rows only",
+    "TRL tuned, response rows only": "TRL 1.16 tuned and told to score response rows only",
 }
 
 

@@ -91,7 +91,7 @@ def test_the_claim_is_a_gpus_where_there_is_one_and_names_the_closest_rival(tmp_
     assert front_page.NO_GPU in front_page.claim(tmp_path)
     step(tmp_path, {**speeds, "Unsloth": 8.0})
     text = front_page.claim(tmp_path)
-    assert "3.0 times as fast as TRL 1.16 as it comes, 2.0 times as TRL tuned and 1.5 times as Unsloth" in text
+    assert "1.5 times as fast as Unsloth, 2.0 times as TRL tuned and 3.0 times as TRL 1.16 as it comes" in text
     assert "NVIDIA H200" in text and "0.50 of" in text and front_page.NO_GPU not in text
 
 
