@@ -160,9 +160,12 @@ def packed_calls() -> Iterator[Calls]:
 
 
 def asked_attention(model: PreTrainedModel) -> str | None:
-    """The implementation that a model came with, None where that is transformers' own choice."""
-    name = model.config.get_text_config()._attn_implementation
-    return None if name == "sdpa" or name == "eager" and not model._supports_sdpa else name
+    """The implementation that a model came with, None where that is transformers' own choice: eager where sdpa cannot
+    compute the model, as under softcaps, whatever 5.17 says it supports.
+    """
+    config = model.config.get_text_config()
+    name, softcap = config._attn_implementation, getattr(config, "attn_logit_softcapping", None)
+    return None if name == "sdpa" or name == "eager" and (softcap or not model._supports_sdpa) else name
 
 
 def backend_report(seen: Sequence[Facts] = ()) -> list[tuple[str, str]]:
