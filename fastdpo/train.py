@@ -276,6 +276,7 @@ class DPOTrainer(Surface):
                 others[-1].name,
             )
         self._check_room(steps, math.ceil(epochs))
+        before = self._running.pairs, self.state.global_step, self._running.tokens
 
         explained = faults.explained(Path(str(args.output_dir)))
         with self._fused_blocks(), self._training_mode(), self._garbage_waits(), self._interrupts.noted(), explained:
@@ -297,7 +298,7 @@ class DPOTrainer(Surface):
                 elif self.ranks.is_main:
                     checkpoint.load_weights(self.model, best)
                 self.ranks.equalise(self.policy)
-        return self._finish(time.time() - started)
+        return self._finish(time.time() - started, before)
 
     def _find_checkpoint(self, resume_from: str | bool | None) -> Path | None:
         return checkpoint.find(resume_from, Path(str(self.args.output_dir))) if resume_from else None
@@ -589,16 +590,20 @@ class DPOTrainer(Surface):
         skipped = {} if self._guard.stops else {"skipped_steps": running.skipped_steps}
         return {**row, **metrics, "num_tokens": running.tokens, **skipped}
 
-    def _finish(self, seconds: float) -> TrainOutput:
-        """The last row of the log."""
+    def _finish(self, seconds: float, before: tuple[int, int, int]) -> TrainOutput:
+        """The last row of the log; its speeds are of what came since pairs, steps and tokens were as `before`, as by a
+        checkpoint.
+        """
         args, state = self.args, self.state
         if self._running.sums.sums is not None:
             self._read_metrics()  # steps since the last line still count in train_loss
+        now = self._running.pairs, state.global_step, self._running.tokens
+        pairs, steps, tokens = (round((after - count) / seconds, 3) for after, count in zip(now, before, strict=True))
         metrics = {
             "train_runtime": round(seconds, 4),
-            "train_samples_per_second": round(self._running.pairs / seconds, 3),
-            "train_steps_per_second": round(state.global_step / seconds, 3),
-            "train_tokens_per_second": round(self._running.tokens / seconds, 3),
+            "train_samples_per_second": pairs,
+            "train_steps_per_second": steps,
+            "train_tokens_per_second": tokens,
             "train_loss": self._running.mean_loss,
         }
         if not self._guard.stops:

@@ -289,6 +289,14 @@ def test_a_longer_run_goes_on_with_the_rate_that_its_own_schedule_has(saved, row
     assert resumed.state.log_history[2]["learning_rate"] == pytest.approx(1e-3 * 6 / 8)
 
 
+def test_speeds_are_of_the_part_that_was_resumed(saved, rows, tokenizer, quick) -> None:
+    resumed = trainer(rows, tokenizer, quick | {"max_steps": 3})
+    resumed.train(str(saved / "checkpoint-2"))
+    last = resumed.state.log_history[-1]
+    assert last["train_steps_per_second"] * last["train_runtime"] == pytest.approx(1, rel=0.01)
+    assert last["train_samples_per_second"] * last["train_runtime"] == pytest.approx(6, rel=0.01)
+
+
 def test_the_best_checkpoint_stays_though_output_dir_is_called_otherwise(rows, tokenizer, quick, monkeypatch) -> None:
     folder = Path(quick["output_dir"])
     monkeypatch.chdir(folder.parent)
