@@ -135,6 +135,13 @@ STAGES = {
     "step": Stage("a LoRA step of 1B in bf16, HH-RLHF's lengths", _step("llama-3.2-1b", "hh-rlhf")),
     "parts": Stage("a step of 8B against the sum of its parts", _watched("parts")),
     "trace": Stage("where the time of an 8B model's step goes", _watched("trace")),
+    "explore": Stage(
+        "what ideas wait for: the host's time, FP8 products, dequantising, torch.compile",
+        tuple(
+            Part(("benchmarks", "explore", name, "--device", "cuda"), f"explore-{name}-cuda.json")
+            for name in ("fp8", "host", "dequantise", "compiled")
+        ),
+    ),
     "tune": Stage(
         "launch numbers against their neighbours, each compiled for every architecture first",
         (Part(("benchmarks", "tune", "--device", "cuda", "--seconds", "500"), "tune-cuda.json"),),

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_table, tune
+from benchmarks import explore, kernel_table, tune
 from benchmarks.device import DEVICES
 from benchmarks.markdown import machine_in_words, table, versions_in_words
 from benchmarks.outcomes import NOT_REACHED
 from benchmarks.table import RENDER
+from benchmarks.table import render as render_step
 
 MOST = 25  # failed tests that a page has room for
 
@@ -62,7 +63,8 @@ def numbers(result: dict[str, Any]) -> str:
     """A result file's tables; of many kernels only where fastdpo stands."""
     if result["benchmark"] == "kernels":
         return "\n\n".join(filter(None, [_kernels(result), kernel_table.aims(result, DEVICES[result["device"]])]))
-    return {**RENDER, "tune": tune.render}[result["benchmark"]](result)
+    by_kind = {**RENDER, "step": render_step, "tune": tune.render, "explore": explore.render}
+    return by_kind[result["benchmark"]](result)
 
 
 def _kernels(result: dict[str, Any]) -> str:

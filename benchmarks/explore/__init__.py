@@ -16,7 +16,7 @@ from benchmarks.markdown import table
 from benchmarks.provenance import provenance
 
 NAMES = ("compiled", "dequantise", "fp8", "graphs", "host", "sparse")
-NEED_DATA = ("fp8", "sparse")
+NEED_DATA = ("sparse",)
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
@@ -35,9 +35,12 @@ def main(options: Namespace) -> int:
     result = {"benchmark": "explore", "name": options.name, "device": device.name, **origin, "tables": tables}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print("\n\n".join(f"{title}\n\n{rendered(rows)}" for title, rows in tables.items()))
-    print(f"written to {options.output}")
+    print(f"{render(result)}\nwritten to {options.output}")
     return 0
+
+
+def render(result: dict[str, Any]) -> str:
+    return "\n\n".join(f"**{title}**\n\n{rendered(rows)}" for title, rows in result["tables"].items()) + "\n"
 
 
 def rendered(rows: list[dict[str, Any]]) -> str:

@@ -93,8 +93,10 @@ def base_share(model: Model, profile: str) -> tuple[float, float]:
     pairs = pair_lengths(PROFILES[profile], 256)
     tokens, weights = sum(pair.tokens for pair in pairs), sum(i * o for i, o in model.linears.values())
     first = sum(i * o for name, (i, o) in model.linears.items() if name[0] in "qkv")  # needs no gradient by its input
+    unread = sum(pair.prompt + 1 for pair in pairs) / tokens  # rows that the last MLP leaves out
+    mlp = sum(i * o for name, (i, o) in model.linears.items() if name in ("gate_proj", "up_proj", "down_proj"))
     needed = needed_flops(pairs, model, LORA_RANK, True) / tokens
-    return 2.0 * (3 * model.num_hidden_layers * weights - first) / needed, needed
+    return 2.0 * (3 * (model.num_hidden_layers * weights - unread * mlp) - first) / needed, needed
 
 
 def rounded_numbers(model: Model) -> int:

@@ -2,7 +2,8 @@
 
 The same adapters are trained on the same pairs in the same order in fp32, in bf16, and in bf16 with the products of
 frozen layers in FP8 (`float8.py`): forward and backward, policy and reference. Adapters, head, embedding, norms and
-attention are as in bf16. Everything is compared with fp32.
+attention are as in bf16. Everything is compared with fp32. Without pairs (`--data`) nothing is trained, and what it can
+save is all there is.
 """
 
 from __future__ import annotations
@@ -145,7 +146,13 @@ def _rms(values: Tensor) -> float:
 
 
 def measure(options: Namespace) -> dict[str, list[dict[str, Any]]]:
-    device, pairs = DEVICES[options.device], small.encode(small.texts(options.data))
+    device = DEVICES[options.device]
+    costs = [saved(MODELS[name], profile) for name in ("llama-3.1-8b", "llama-3.2-1b") for profile in PROFILES_SHOWN]
+    trained = trained_runs(small.encode(small.texts(options.data)), device) if options.data else {}
+    return {**trained, "cost": costs, "a product": [timed(device)]}
+
+
+def trained_runs(pairs: list[TokenPair], device: Device) -> dict[str, list[dict[str, Any]]]:
     plain, last_loss = small.learned(pairs, device)
     runs = []
     outliers = small.with_outliers(plain), "with outliers", 1, KINDS[:2]
@@ -155,6 +162,5 @@ def measure(options: Namespace) -> dict[str, list[dict[str, Any]]]:
             for kind in kinds:
                 found = compared(kind, weights, pairs, device, seed, truth)
                 runs.append({"weights": what, "seed": seed, **found})
-    costs = [saved(MODELS[name], profile) for name in ("llama-3.1-8b", "llama-3.2-1b") for profile in PROFILES_SHOWN]
     model = [{"parameters": sum(value.numel() for value in plain.values()), "loss as a language model": last_loss}]
-    return {"the model": model, "runs": runs, "cost": costs, "a product": [timed(device)]}
+    return {"the model": model, "runs": runs}
