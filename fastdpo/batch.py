@@ -155,7 +155,8 @@ def pack(pairs: Sequence[Pair], keys: Sequence[bytes] = (), least_shared: int | 
                     begun, crowded = elsewhere, True
             fresh = tokens[len(begun) :]
             other, rows = tokens, [*begun, *range(len(ids), len(ids) + len(fresh))]
-            known.add(tokens, rows)
+            if least_shared is not None:
+                known.add(tokens, rows)
             ids += fresh
             positions += range(len(begun), len(tokens))
             key_index += rows
