@@ -173,7 +173,8 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
     tuned = tuned_spec(base, device, machine)
     # beside other work a product's wall time says little of what the processor reaches, so there is no MFU
     peak = None if options.processor_time else peak_rate(device, machine, options.threads)
-    tuning = search_tuned(tuned, device, clock) if options.tune else []
+    strongest = replace(tuned, response_rows_only=not device.head_skips_rows)
+    tuning = search_tuned(strongest, device, clock) if options.tune else []
     if best := fastest(tuning):
         tuned = replace(tuned, settings=best["settings"], attention=best["attention"])
     specs, failed = configurations(base, device, tuned, options.unsloth)

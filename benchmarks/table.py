@@ -73,7 +73,7 @@ def _measured(result: dict[str, Any]) -> str:
     """What is this result's own."""
     pieces = [_heading(result), _runs(result), _ratios(result), *([aims] if (aims := _aims(result)) else [])]
     if result["tuning"]:
-        pieces.append(_tuning(result["tuning"]))
+        pieces.append(_tuning(result["tuning"], DEVICES[result["device"]]))
     return "\n\n".join([*pieces, _listed(own_notes(result))]) + "\n"
 
 
@@ -164,11 +164,13 @@ def _aims(result: dict[str, Any]) -> str:
     return table(["ratio", "measured", "aim", ""], rows) if rows else ""
 
 
-def _tuning(tuning: list[dict[str, Any]]) -> str:
+def _tuning(tuning: list[dict[str, Any]], device: Device) -> str:
     ran = sorted((row for row in tuning if "seconds" in row), key=lambda row: row["seconds"])
     rows = [[_settings(row), f"{row['seconds']:.1f}"] for row in ran]
     rows += [[_settings(row), f"failed: `{row['failed']}`"] for row in tuning if "failed" in row]
-    return "TRL's settings that were tried, rows sorted by length:\n\n" + table(["settings", "s, 1 epoch"], rows)
+    scored = "" if device.head_skips_rows else ", response rows only"
+    title = f"TRL's settings that were tried, rows sorted by length{scored}:"
+    return f"{title}\n\n{table(['settings', 's, 1 epoch'], rows)}"
 
 
 def _settings(row: dict[str, Any]) -> str:
