@@ -498,12 +498,12 @@ def build_callbacks(callbacks: list[Any], policy: Policy, tokenizer: Any, config
 @contextmanager
 def fused_blocks(policies: Sequence[Policy | None], config: DPOConfig) -> Iterator[list[PatchReport]]:
     """Within it the blocks of these policies' models run on our kernels, where `fused_kernels` has it so, and the last
-    one without rows that nobody reads (torch.compile takes blocks without hooks); -> what was patched, nothing where
-    that is off.
+    one without rows that nobody reads, unless that is False or torch.compile takes the blocks; -> what was patched,
+    nothing where that is off.
     """
     known = {id(one.model): one for one in policies if one is not None}
     models = [one.model for one in known.values()] if use_fused_kernels(config) else []
-    lean = [] if config.torch_compile else [*known.values()]
+    lean = [] if config.torch_compile or config.fused_kernels is False else [*known.values()]
     with patched(models) as reports, scored_rows_alone(lean):
         del policies, known, models, lean  # a reference may be freed within it
         yield reports

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from fastdpo import last_block
 from fastdpo.attention import backend_report
 from fastdpo.checks import loss_names
 from fastdpo.config import DPOConfig
@@ -66,6 +67,8 @@ def facts_of(
         yield f"attention of {where} generation", f"{config.attn_implementation}, as asked for"
     for report in fused or ["off, blocks run as transformers has them"]:
         yield "fused kernels", str(report)
+    if layout.packed and last_block.is_on(policy):
+        yield "last block", "its MLP computes the rows that the head reads, and no others"
     kernels = linear_logps.method_report(config.device), pair_loss.method_report(config.device)
     yield from (*kernels[0], *kernels[1], *(backend_report(layout.attention) if layout.packed else []))
     budget = token_budget(config, layout)

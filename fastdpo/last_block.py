@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fastdpo.batch import Segments
 from fastdpo.model import Policy, balances_routers, base_model
+from fastdpo.projections import is_linear
 
 ATTENTION = ("self_attn", "attn", "attention")  # what transformers calls it in its blocks, beside "mlp"
 
@@ -27,7 +28,7 @@ ATTENTION = ("self_attn", "attn", "attention")  # what transformers calls it in 
 @contextmanager
 def scored_rows_alone(policies: Iterable[Policy]) -> Iterator[None]:
     """Within it the last MLP of these policies' models computes scored rows alone, where a block has attention and then
-    a `mlp`. Routers of experts, whose auxiliary loss is of all tokens, see all. Keeps none of the models alive.
+    a `mlp` of linear layers. Keeps none of the models alive.
     """
     with ExitStack() as stack:
         for hook in (hook for policy in policies for hook in _hooks(policy)):
@@ -36,45 +37,59 @@ def scored_rows_alone(policies: Iterable[Policy]) -> Iterator[None]:
         yield
 
 
-def _hooks(policy: Policy) -> Iterator[Any]:
-    """None where the model has some already, or has no such block."""
+def is_on(policy: Policy) -> bool:
+    """Whether this policy's model is at it."""
+    hooks = [hook for _, _, mlp in _last_block(policy) for hook in mlp._forward_hooks.values()]
+    return any(isinstance(getattr(hook, "__self__", None), _ScoredRows) for hook in hooks)
+
+
+def _last_block(policy: Policy) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
+    """The block, its attention and its MLP. None of experts: what their routers are balanced by counts all tokens."""
     model = base_model(policy.model)
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     parts = dict(blocks[-1].named_children()) if blocks and not balances_routers(model) else {}
     mlp, attention = parts.get("mlp"), next((parts[name] for name in ATTENTION if name in parts), None)
-    if mlp is None or attention is None or any(_is_ours(hook) for hook in mlp._forward_hooks.values()):
+    if mlp is None or attention is None:
         return
-    rows = _ScoredRows()
-    yield blocks[-1].register_forward_pre_hook(rows.begin)
-    yield attention.register_forward_pre_hook(rows.note, with_kwargs=True)
-    yield mlp.register_forward_pre_hook(rows.select)
-    yield mlp.register_forward_hook(rows.spread)
+    if all(is_linear(part) or next(part.parameters(), None) is None for part in mlp.children()):
+        yield blocks[-1], attention, mlp
 
 
-def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), _ScoredRows)
+def _hooks(policy: Policy) -> Iterator[Any]:
+    if is_on(policy):
+        return
+    for block, attention, mlp in _last_block(policy):
+        rows = _ScoredRows()
+        yield block.register_forward_pre_hook(rows.begin)
+        yield attention.register_forward_pre_hook(rows.note, with_kwargs=True)
+        yield mlp.register_forward_pre_hook(rows.select)
+        yield mlp.register_forward_hook(rows.spread)
 
 
 class _ScoredRows:
-    """Between an attention's call and its MLP's."""
+    """From an attention's call to the end of its MLP's."""
 
-    segments: Segments | None = None
+    noted: Segments | None = None
+    taken: Segments | None = None  # by the MLP's call that is on
 
     def begin(self, block: nn.Module, inputs: Any) -> None:
-        """Not in a second forward, where the transformers of 2026 checkpoints blocks without their hooks."""
-        self.segments = None
+        """Not before the second forward of a checkpointed block in transformers 5.23, which runs it without its hooks;
+        5.17 with them.
+        """
+        self.noted = None
 
     def note(self, attention: nn.Module, inputs: Any, options: Mapping[str, Any]) -> None:
-        self.segments = options.get("segments")
+        self.noted = options.get("segments")
 
     def select(self, mlp: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if self.segments is None:
+        self.taken, self.noted = self.noted if inputs else None, None
+        if self.taken is None:
             return None
-        return inputs[0].index_select(1, self.segments.scored), *inputs[1:]
+        return inputs[0].index_select(1, self.taken.scored), *inputs[1:]
 
     def spread(self, mlp: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        if self.segments is None:
+        segments, self.taken = self.taken, None
+        if segments is None:
             return None
-        segments, self.segments = self.segments, None
         whole = output.new_zeros(1, sum(segments.query_lengths), output.shape[-1])
         return whole.index_copy(1, segments.scored, output)

@@ -38,6 +38,11 @@ class EmbeddingNoise:
 
     def _packed(self, batch: PreferenceBatch, embedded: Tensor) -> Tensor:
         assert batch.segments is not None
+        if batch.segments.crowded:
+            raise ValueError(
+                "pairs share tokens here, and noise on embeddings is a pair's own: set neftune_noise_alpha when the "
+                "config is made, not in a trainer's args"
+            )
         queries, keys = batch.segments.query_lengths, batch.segments.key_lengths
         parts = []
         for pair, (both, rejected) in enumerate(zip(queries[::2], queries[1::2], strict=True)):

@@ -69,6 +69,7 @@ class Fault:
     loss: float
     grad_norm: float
     rows: list[dict[str, Any]]  # of this process's share; of later faults only what a message tells
+    shared: bool = False  # rows were computed together as far as they begin alike
 
 
 @dataclass
@@ -83,7 +84,8 @@ class _Pending:
 
     def fault(self) -> Fault | None:
         faulty, loss, norm = self.numbers[:3].tolist()
-        return Fault(self.step, loss, norm, self._rows()) if faulty else None
+        shared = any(batch.segments is not None and batch.segments.crowded for batch in self.microbatches)
+        return Fault(self.step, loss, norm, self._rows(), shared) if faulty else None
 
     def _rows(self) -> list[dict[str, Any]]:
         """Those of the step, with their numbers and tokens."""
@@ -189,7 +191,8 @@ def _merged(theirs: Iterable[Fault]) -> Fault:
     """One step's faults in all processes as one, its rows by their numbers."""
     every = list(theirs)
     rows = [{"process": rank, **row} for rank, fault in enumerate(every) for row in fault.rows]
-    return replace(every[0], rows=sorted(rows, key=lambda row: row["row"] or 0))
+    rows.sort(key=lambda row: row["row"] or 0)
+    return replace(every[0], rows=rows, shared=any(fault.shared for fault in every))
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +225,8 @@ def _in_words(fault: Fault) -> str:
         rows = f" ({_named(fault.rows)})" if fault.rows else ""
         where = f"though log-probs and losses of its rows are{rows}, so the backward pass made it"
     numbers = f"loss {fault.loss:g}, gradient norm {fault.grad_norm:g}"
-    return f"step {fault.step}: the {what} is not finite ({numbers}), {where}."
+    one_of_them = " Rows that begin alike share tokens, so one of them may be the cause." if fault.shared else ""
+    return f"step {fault.step}: the {what} is not finite ({numbers}), {where}.{one_of_them}"
 
 
 def _weights_in_words(model: Any) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastdpo
 from fastdpo.batch import PreferenceBatch, pack, pad
-from fastdpo.last_block import scored_rows_alone
+from fastdpo.last_block import is_on, scored_rows_alone
 from fastdpo.model import Policy, base_model, checkpointing
 
 PAIRS = [*RAGGED, *random_pairs((20, 3, 4), (0, 2, 1))]
@@ -82,6 +82,30 @@ def test_routers_of_experts_see_every_token() -> None:
     policy, batch = Policy(tiny_model("mixtral")).eval(), pack(PAIRS)
     with scored_rows_alone([policy]):
         assert rows_of_last_mlp(policy, batch)[1] == [batch.input_ids.numel()] * 2
+        assert not is_on(policy)
+
+
+def test_a_mlp_that_is_more_than_linear_layers_is_left_alone() -> None:
+    """It may give more than one tensor."""
+    policy = Policy(tiny_model("llama"))
+    mlp = policy.model.model.layers[-1].mlp
+    with scored_rows_alone([policy]):
+        assert is_on(policy)
+    mlp.router = nn.Embedding(2, 2)
+    with scored_rows_alone([policy]):
+        assert not is_on(policy)
+
+
+def test_a_mlp_that_fails_leaves_nothing_for_the_next_call() -> None:
+    policy, batch = Policy(tiny_model("llama")).eval(), pack(PAIRS)
+    mlp = policy.model.model.layers[-1].mlp
+    x = torch.randn(1, 3, 32)
+    with scored_rows_alone([policy]):
+        expected, alone = policy(batch)[0], mlp(x)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(mlp, "forward", lambda: None)
+            policy(batch)
+        assert torch.equal(mlp(x), alone) and torch.equal(policy(batch)[0], expected)
 
 
 def test_a_model_may_be_freed_within_it() -> None:
@@ -92,13 +116,14 @@ def test_a_model_may_be_freed_within_it() -> None:
         assert alive() is None
 
 
-def test_training_leaves_the_last_blocks_prompt_rows_out_and_starts_at_margin_zero(rows, tokenizer, quick) -> None:
+@pytest.mark.parametrize("off", [{}, {"fused_kernels": False}], ids=["as it comes", "switched off"])
+def test_training_leaves_the_last_blocks_prompt_rows_out_and_starts_at_margin_zero(off, rows, tokenizer, quick) -> None:
     model = get_peft_model(tiny_model("llama", vocab_size=500), LoraConfig(r=2, target_modules="all-linear"))
     seen: list[tuple[int, int]] = []
     blocks = base_model(model).model.layers
     blocks[0].mlp.register_forward_hook(lambda m, x, y: seen.append((0, y.shape[1])), prepend=True)
     blocks[1].mlp.down_proj.register_forward_hook(lambda m, x, y: seen.append((1, y.shape[1])))
-    out = fastdpo.train(model, rows, processing_class=tokenizer, **quick | {"max_length": 60, "max_steps": 2})
+    out = fastdpo.train(model, rows, processing_class=tokenizer, **quick | off | {"max_length": 60, "max_steps": 2})
     assert out.history[0]["rewards/margins"] == 0
     first, last = (sum(count for block, count in seen if block == which) for which in (0, 1))
-    assert last < 0.8 * first
+    assert last == first if off else last < 0.8 * first

@@ -67,6 +67,11 @@ def test_packed_noise_of_a_pair_does_not_depend_on_its_batch_and_changes_with_st
     assert noise_of(pack(PAIRS)).shape == noise_of(pack(PAIRS, KEYS)).shape  # of a stream, without keys
 
 
+def test_pairs_that_share_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="is a pair's own"):
+        noise_of(pack([PAIRS[0], PAIRS[0]], least_shared=1))
+
+
 @pytest.mark.parametrize("layout", [pack, pad])
 def test_only_passes_in_training_mode_are_noisy_and_nothing_stays_behind(layout) -> None:
     policy = Policy(tiny_model("llama"))

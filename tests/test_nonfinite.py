@@ -344,6 +344,16 @@ def test_rows_are_named_in_a_shuffled_second_epoch_too(rows, tokenizer, quick) -
             assert len(share.places) == 6
 
 
+def test_of_rows_that_begin_alike_it_is_said_that_one_may_be_the_cause(marked, broken, tokenizer, quick) -> None:
+    alike = "You are asked by somebody whom you know. Answer as a friend would, in one sentence or two. "
+    for system, said in ((alike, True), ("", False)):
+        rows = [row | {"prompt": system + row["prompt"]} for row in marked]
+        with pytest.raises(FloatingPointError) as raised:
+            trainer_of(broken(), rows, tokenizer, quick | RAISE | {"max_tokens_per_microbatch": 4000}).train()
+        assert ("one of them may be the cause" in str(raised.value)) is said
+        assert f"row{'s' * said}" in str(raised.value) and f" {BAD}" in str(raised.value)
+
+
 def test_of_equal_rows_each_is_named(marked, broken, tokenizer, quick) -> None:
     twice = [*marked[:6], marked[BAD], marked[7], marked[BAD], *marked[9:]]
     with pytest.raises(FloatingPointError, match="log-probs or loss of rows 6, 8, 9 of trainer.train_dataset"):

@@ -90,7 +90,7 @@ MAY_IMPORT = {
     "card": {"config", "losses", "mixture", "model"},
     "mixture": {"rows"},
     "noise": {"batch", "model"},
-    "last_block": {"batch", "model"},
+    "last_block": {"batch", "model", "projections"},
     "by_hand": {
         *("batch", "collator", "config", "data", "layout", "metrics", "model", "predictions", "ranks", "reference"),
         "step",
@@ -101,8 +101,8 @@ MAY_IMPORT = {
     "optimizer": {"config"},
     "report": {"card", "config", "memory", "messages", "reference", "verdicts"},
     "describe": {
-        *("attention", "checks", "config", "layout", "loader", "memory", "model", "patching", "quantized", "ranks"),
-        *("reference", "report"),
+        *("attention", "checks", "config", "last_block", "layout", "loader", "memory", "model", "patching"),
+        *("quantized", "ranks", "reference", "report"),
     },
 }
 

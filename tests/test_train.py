@@ -334,8 +334,10 @@ def test_no_prompt_row_reaches_the_head_and_each_reference_row_is_computed_once(
     tokens, scored = sum(map(sum, lengths)), sum(c + r for _, c, r in lengths)
     # nothing below the first layer's q, k, v trains, so their inputs need no gradient
     policy = 2 * tokens * (2 * trunk - attention_in + 3 * low_rank - rank * 3 * D)
+    unread = tokens - scored + len(lengths)  # by the last MLP: prompts but for their last token, ends of responses
+    policy -= 2 * unread * (2 * 3 * D * I + 3 * 3 * rank * (D + I))
     head = 2 * scored * V * D
-    expected = epochs * (policy + 2 * head) + (2 * tokens * trunk + head)
+    expected = epochs * (policy + 2 * head) + (2 * tokens * trunk - 2 * unread * 3 * D * I + head)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
     prompt_rows = (2 * epochs + 1) * 2 * (tokens - scored) * V * D
     again = (epochs - 1) * (2 * tokens * trunk + head)
