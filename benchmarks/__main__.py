@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import estimate, explore, kernels, memory, memory_table, pages, parts, step, table, trace, tune
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
+from benchmarks.provenance import save
 from benchmarks.workload import PROFILES
 
 WATCHED = {"parts": parts, "trace": trace}
@@ -139,10 +140,8 @@ def _watch(options: argparse.Namespace) -> int:
     logging.disable(logging.WARNING)
     module = WATCHED[options.command]
     if (result := module.main(options)) is not None:
-        text = json.dumps(result, indent=1) + "\n"
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-        print(module.render(json.loads(text)))
+        save(options.output, result)
+        print(module.render(json.loads(options.output.read_text())))
         print(f"written to {options.output}")
     return 0
 

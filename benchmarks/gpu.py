@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -30,7 +29,7 @@ from typing import Any
 
 from benchmarks import gpu_page, outcomes
 from benchmarks.device import CUDA, ROOT
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, save
 from benchmarks.table import RESULTS, file_name
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -222,21 +221,15 @@ def run(name: str, stage: Stage, options: argparse.Namespace, machine: dict[str,
         log = options.results / f"gpu-{name}-{number}.log"
         rows[number] |= {"file": stage.parts[number].file, **run_part(stage.parts[number], log, ends, options)}
         record["seconds"] = round(time.monotonic() - started, 1)
-        _write(file, record)
+        save(file, record)
 
-    _write(file, record)
+    save(file, record)
     with ThreadPoolExecutor(min(len(rows), os.cpu_count() or 1) if stage.side_by_side else 1) as threads:
         list(threads.map(one, range(len(rows))))
     page = gpu_page.page(record, options.results)
     file.with_suffix(".md").write_text(page)
     print(page, flush=True)
     return all(row["ok"] for row in rows)
-
-
-def _write(file: Path, record: dict[str, Any]) -> None:
-    whole = file.with_suffix(".new")
-    whole.write_text(json.dumps(record, indent=1) + "\n")
-    whole.replace(file)
 
 
 def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from benchmarks.outcomes import NOT_REACHED
 from benchmarks.table import RENDER
 from benchmarks.table import render as render_step
 
+UNREADABLE = (json.JSONDecodeError, KeyError)  # no whole JSON, or not what its benchmark writes
 MOST = 25  # failed tests that a page has room for
 
 
@@ -38,10 +39,21 @@ def _ended(part: dict[str, Any]) -> str:
 def _found(part: dict[str, Any], folder: Path) -> list[str]:
     pieces = [tests_in_words(part["tests"])] if part.get("tests") else []
     if part.get("file") and (folder / part["file"]).exists():
-        pieces.append(numbers(json.loads((folder / part["file"]).read_text())).rstrip())
+        pieces.append(_numbers_of(folder / part["file"]))
     if part.get("output") and not part.get("tests"):
         pieces.append("```\n" + "\n".join(part["output"].strip().splitlines()[-15:]) + "\n```")
     return pieces
+
+
+def _numbers_of(file: Path) -> str:
+    try:
+        return numbers(json.loads(file.read_text())).rstrip()
+    except UNREADABLE as error:
+        return f"**{_unreadable(file, error)}**"
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    return f"{file.name} cannot be read ({type(error).__name__}: {error}): run its command again"
 
 
 def tests_in_words(rows: Sequence[dict[str, Any]]) -> str:
@@ -100,8 +112,13 @@ def over_all(stages: Sequence[str], folder: Path) -> str:
         if not (file := folder / f"gpu-{name}.json").exists():
             rows.append([f"gpu-{name}", "not run", "", "", "", ""])
             continue
-        record = json.loads(file.read_text())
-        text = page(record, folder)
+        try:
+            record = json.loads(file.read_text())
+            text = page(record, folder)
+        except UNREADABLE as error:
+            rows.append([f"gpu-{name}", "unknown", "", "", "", ""])
+            failed.append(f"- gpu-{name}: {_unreadable(file, error)}")
+            continue
         verdicts = Counter(re.findall(r"\b(met|missed)\b", text))
         bad = [part for part in record["parts"] if not part["ok"]]
         ended = f"{len(bad)} of {len(record['parts'])} commands failed" if bad else "well"

@@ -1,13 +1,15 @@
-"""Where a number comes from: machine, versions and commit. A number without them does not exist."""
+"""Where a number comes from: machine, versions and commit. A number without them does not exist; `save` writes both."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from benchmarks.device import ROOT
@@ -24,6 +26,14 @@ def provenance(machine: dict[str, Any], threads: int, packages: Iterable[str], c
         "versions": {name: _version(name) for name in packages},
         "load_before": os.getloadavg()[0],  # other work on the machine is in every wall time
     }
+
+
+def save(file: Path, result: Any) -> None:
+    """As JSON; the file is whole, the old or the new, whenever this process is ended."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_suffix(".new")
+    whole.write_text(json.dumps(result, indent=1) + "\n")
+    whole.replace(file)
 
 
 def _git(*arguments: str) -> str:

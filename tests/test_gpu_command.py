@@ -17,6 +17,7 @@ import pytest
 
 from benchmarks import __main__ as command_line
 from benchmarks import gpu, gpu_page, outcomes
+from benchmarks.provenance import save
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": "NVIDIA H200", "gpu_memory": 2**37, "cuda": "12.8", "driver": "570", "cpu": "a CPU", "cores": 2}
@@ -129,12 +130,9 @@ def test_a_stage_whose_time_is_up_ends_what_runs_and_says_what_it_had(stage: Any
 
 
 def test_a_signal_ends_what_runs_and_the_rest_is_written_down(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_write", lambda file, record: (write(file, record), os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(gpu, "save", lambda file, record: (save(file, record), os.kill(os.getpid(), signal.SIGTERM)))
     well, record, _ = stage(part("hanging"), part("well"))
     assert not well and [row["seconds"] for row in record["parts"]] == [0.0, 0.0]
-
-
-write = gpu._write
 
 
 def test_a_test_that_kills_its_process_costs_the_others_nothing(stage: Any, tmp_path: Path) -> None:
@@ -214,6 +212,31 @@ def test_a_page_of_kernels_has_a_row_a_task_and_says_why_others_have_no_number()
     (line,) = [line for line in text.splitlines() if line.startswith("| linear_logps, 256x4096x256, forward |")]
     assert f"{fastest['contender']} | {1e3 * fastest['median']:.3g} |" in line
     assert "method='fused' needs a GPU." in text
+
+
+@pytest.mark.parametrize("text", ['{"benchmark": "tu', '{"benchmark": "tune"}'], ids=["cut off", "without its fields"])
+def test_a_result_file_that_cannot_be_read_is_a_line_and_costs_the_rest_nothing(
+    text: str, stage: Any, tmp_path: Path
+) -> None:
+    """A command that was ended while it wrote left half of a file, and no stage after it was summed up."""
+    (tmp_path / "half.py").write_text(f"import sys\nopen(sys.argv[2], 'w').write({text!r})")
+    well, _, page = stage(part("half"))
+    assert well and "**out.json cannot be read (" in page and "| gpu-tried | well |" in page
+
+
+def test_a_stages_record_that_cannot_be_read_is_a_line_of_the_page_over_all(tmp_path: Path) -> None:
+    (tmp_path / "gpu-step.json").write_text('{"stage": "st')
+    text = gpu_page.over_all(["step", "memory"], tmp_path)
+    assert "| gpu-step | unknown |" in text and "| gpu-memory | not run |" in text
+    assert "- gpu-step: gpu-step.json cannot be read (JSONDecodeError: " in text
+
+
+def test_whoever_reads_a_result_while_it_is_written_again_has_the_old_one_whole(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "out.json"
+    save(file, {"rows": [1]})
+    with file.open() as reader:
+        save(file, {"rows": [1, 2]})
+        assert json.load(reader) == {"rows": [1]} and json.loads(file.read_text()) == {"rows": [1, 2]}
 
 
 def test_the_page_over_all_counts_aims_and_names_those_that_were_missed(tmp_path: Path) -> None:
