@@ -259,13 +259,18 @@ def generated(folder: Path = RESULTS) -> str:
     pieces = _steps(folder)
     pieces += [draw(_read(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
     pieces += [kernel_table.render(_read(file)) for file in sorted(folder.glob("kernels-*.json"))]
-    kernels = [device for device in DEVICES.values() if not (folder / f"kernels-{device.name}.json").exists()]
-    if missing := [*unmeasured(folder), *(device.kernels.unmeasured for device in kernels)]:
+    if missing := unmeasured(folder):
         pieces.append("\n".join(["### Not yet measured\n", *(f"- {text}" for text in missing)]) + "\n")
     pieces += [text] if (text := memory_table.predictions(folder)) else []
-    pieces += [kernel_table.predictions(device) for device in kernels if device.kernels.expected]
+    for device in DEVICES.values():
+        pieces += kernel_table.predictions(device, kernel_table.measured(kernels(device, folder)))
     pieces += [drawn for device in DEVICES.values() if (drawn := waiting_aims(device, folder))]
     return "\n".join(pieces)
+
+
+def kernels(device: Device, folder: Path) -> list[dict[str, Any]]:
+    """The results of a device, whose ops may lie in several files."""
+    return [_read(file) for file in sorted(folder.glob(f"kernels-{device.name}*.json"))]
 
 
 def _steps(folder: Path) -> list[str]:
@@ -309,7 +314,7 @@ def _setting(model: str, profiles: Iterable[str]) -> str:
 
 
 def unmeasured(folder: Path) -> list[str]:
-    """A line for each planned file that is not there."""
+    """A line for each planned file that is not there, and for kernels without a number."""
     missing = [
         f"{_WHAT[key[0]]}: {_weights(*key[1:3])} on {DEVICES[key[1]].title}, {PROFILES[key[3]].pairs} (`{command}`)"
         for key, command in PLANNED.items()
@@ -317,7 +322,11 @@ def unmeasured(folder: Path) -> list[str]:
     ]
     found = (folder / memory_table.file_name(CUDA.name, memory_table.MODEL)).exists()
     untabled = [text for text, file in UNTABLED.items() if not file or not (folder / file).exists()]
-    return missing + ([] if found else [memory_table.unmeasured()]) + untabled
+    missing += ([] if found else [memory_table.unmeasured()]) + untabled
+    for device in DEVICES.values():
+        measured = kernel_table.measured(kernels(device, folder))
+        missing += [text for ops, text in device.kernels.unmeasured.items() if not measured.issuperset(ops)]
+    return missing
 
 
 def _weights(device: str, model: str) -> str:

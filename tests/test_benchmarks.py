@@ -34,6 +34,7 @@ from benchmarks import (  # noqa: E402
     blocks,
     contenders,
     flops,
+    front_page,
     heads,
     kernel_table,
     measure,
@@ -1191,12 +1192,14 @@ def kernel_results(file: Path, gpu: str = "NVIDIA H200") -> None:
 
 
 def test_a_gpus_kernels_get_tables_with_their_aims_and_reasons(copy: Path) -> None:
-    assert CUDA.kernels.unmeasured in (copy / "benchmarks/README.md").read_text()
+    waiting = list(CUDA.kernels.unmeasured.values())
+    assert all(line in (copy / "benchmarks/README.md").read_text() for line in waiting)
     kernel_results(copy / "benchmarks/results/kernels-cuda.json")
     assert benchmarks(copy, "table", "--check").returncode == 1
     assert benchmarks(copy, "table").returncode == 0
     text, front = (copy / "benchmarks/README.md").read_text(), (copy / "README.md").read_text()
-    assert "### Kernels on a GPU" in text and CUDA.kernels.unmeasured not in text and "By arithmetic" not in text
+    assert "### Kernels on a GPU" in text and [line in text for line in waiting] == [False, True]
+    assert "By arithmetic" not in text and "| ms: fastdpo triton, nested scales, 14336x4096 | <= 0.0404 |" in text
     assert "| fastdpo streamed | 21.8 | 50 | 286 | 43.6 | 50 | 286 | 65.4 | 50 | 286 | 1.0e-03 |  |" in text
     assert "| ms: fastdpo streamed, forward, 8192x128256x4096 | 21.8 | <= 12.5 | missed |" in text
     assert "| MB beside results: fastdpo streamed, frozen head, 8192x128256x4096 | 290 | <= 300 | met |" in text
@@ -1209,6 +1212,23 @@ def test_a_gpus_kernels_get_tables_with_their_aims_and_reasons(copy: Path) -> No
         "| linear_logps 8192x128256x4096 bfloat16, frozen head | fastdpo streamed: 43.6; 50%; 286 |  |  |  |" in front
     )
     assert "Plain torch on a CPU" not in front
+
+
+def test_kernels_in_two_files_of_a_device_make_one_table_of_the_front_page(tmp_path: Path) -> None:
+    """Only the head's file was read, so that what `make gpu` measured of pair_loss stood nowhere."""
+    file = tmp_path / "kernels-cuda.json"
+    kernel_results(file)
+    result = json.loads(file.read_text())
+    loss = [{**row, "wants": "sigmoid, forward and backward"} for row in result["rows"] if row["op"] == "pair_loss"]
+    head = [row for row in result["rows"] if row["op"] == "linear_logps"]
+    for name, rows in (("", head), ("-blocks", loss)):
+        (tmp_path / f"kernels-cuda{name}.json").write_text(json.dumps({**result, "rows": rows}))
+    text = front_page.kernels(tmp_path)
+    assert [line.split(",")[0] for line in text.splitlines()[2:-2]] == [
+        *["| linear_logps 8192x128256x4096 bfloat16"] * 3,
+        "| pair_loss 64 float32",
+    ]
+    assert text.count("NVIDIA H200, 150 GiB") == 1
 
 
 def test_aims_are_of_the_gpu_that_they_name(tmp_path: Path) -> None:
