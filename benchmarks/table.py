@@ -243,7 +243,7 @@ def _giga(count: float) -> str:
     return f"{count / 1e9:.1f}"
 
 
-# What no table is of -> the stage's file with which it is known.
+# What no table is of -> the file with which it is known.
 UNTABLED = {
     "a step in several processes on several GPUs over NCCL, against one: there is no command; one process, over NCCL "
     "and under FSDP2, is in `make gpu-tests`": "",
@@ -258,6 +258,7 @@ def generated(folder: Path = RESULTS) -> str:
     """A table for each file of results/, but for those of worst.py, and what no file holds yet."""
     pieces = _steps(folder)
     pieces += [draw(_read(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
+    pieces += [text] if (text := memory_table.planned(folder)) else []
     pieces += [kernel_table.render(_read(file)) for file in sorted(folder.glob("kernels-*.json"))]
     if missing := unmeasured(folder):
         pieces.append("\n".join(["### Not yet measured\n", *(f"- {text}" for text in missing)]) + "\n")
@@ -299,8 +300,9 @@ def waiting_aims(device: Device, folder: Path) -> str:
         for model in sorted({key[2] for key in PLANNED if key[:2] == ("parts", device.name)}):
             if waiting := missing("parts", model, ["hh-rlhf"]):
                 rows.append([f"a step / the sum of its parts: {_setting(model, waiting)}", f"<= {device.parts_aim}"])
-    if device is CUDA and not (folder / "gpu-plan.json").exists():
-        rows.append(["peak memory as planned / as measured, in 16 settings (`make gpu-plan`)", "0.9 to 1.1"])
+    if device is CUDA and not known(folder / memory_table.PLAN):
+        low, high = memory_table.PLAN_AIM
+        rows.append(["peak memory as planned / as measured, in 16 settings (`make gpu-plan`)", f"{low} to {high}"])
     rows += memory_table.waiting_aims(folder) if device is CUDA else []
     if not rows:
         return ""
@@ -321,12 +323,17 @@ def unmeasured(folder: Path) -> list[str]:
         if not (folder / file_name(*key)).exists()
     ]
     found = (folder / memory_table.file_name(CUDA.name, memory_table.MODEL)).exists()
-    untabled = [text for text, file in UNTABLED.items() if not file or not (folder / file).exists()]
+    untabled = [text for text, file in UNTABLED.items() if not file or not known(folder / file)]
     missing += ([] if found else [memory_table.unmeasured()]) + untabled
     for device in DEVICES.values():
         measured = kernel_table.measured(kernels(device, folder))
         missing += [text for ops, text in device.kernels.unmeasured.items() if not measured.issuperset(ops)]
     return missing
+
+
+def known(file: Path) -> bool:
+    """Whether it is there and, being a stage's record, says that all of its commands ended well."""
+    return file.exists() and all(part["ok"] for part in _read(file).get("parts", []))
 
 
 def _weights(device: str, model: str) -> str:

@@ -925,6 +925,32 @@ def test_every_aim_of_a_step_stands_on_the_page_until_it_is_measured(tmp_path: P
     assert "HH-RLHF" not in text and "sum of its parts" not in text and "as long as HelpSteer's | >= 2.5 |" in text
 
 
+def stage_record(file: Path, *parts: dict[str, Any]) -> None:
+    machine = {**FACTS, "threads": 16}
+    origin = {"date": "2026-01-01", "commit": "abc", "uncommitted_changes": False, "python": "3.12", "versions": {}}
+    file.write_text(json.dumps({**origin, "machine": machine, "parts": parts}))
+
+
+@pytest.mark.parametrize("stage", ["tests", "plan"])
+def test_what_a_stage_shows_is_open_until_all_of_its_commands_ended_well(stage: str, tmp_path: Path) -> None:
+    """Its record is written before the first command begins."""
+    for ends, waiting in (((False, False), True), ((True, False), True), ((True, True), False)):
+        stage_record(tmp_path / f"gpu-{stage}.json", *({"ok": ok} for ok in ends))
+        line = "peak memory as planned" if stage == "plan" else "encoder-decoders, rows with images"
+        assert (line in table.generated(tmp_path)) == waiting
+
+
+def test_the_plans_ratios_stand_in_a_table_with_their_aim(tmp_path: Path) -> None:
+    name = "tests/test_gpu.py::test_the_planned_peak_is_the_measured_one"
+    figures = {f"{name}[1B-2048-lora-checkpointing]": 0.97, f"{name}[small-8192-full-]": 1.2}
+    noted = [{"test": test, "figures": {"planned / measured": x, "MiB measured": 512}} for test, x in figures.items()]
+    stage_record(tmp_path / "gpu-plan.json", {"ok": False, "tests": [*noted, {"test": "another", "figures": {}}]})
+    text = table.generated(tmp_path)
+    assert "### Peak memory as planned and as measured on a GPU\n\nNVIDIA H200, 150 GiB" in text
+    assert "| 1B, 2048, lora, checkpointing | 512 | 0.970 | 0.9 to 1.1 | met |" in text
+    assert "| small, 8192, full | 512 | 1.200 | 0.9 to 1.1 | missed |" in text and "another" not in text
+
+
 def test_the_least_work_counts_one_two_and_three_products() -> None:
     shape, ceilings = (8192, 128_256, 4096), Ceilings(790e12, 4.3e12)
     product = 2 * 8192 * 128_256 * 4096
