@@ -33,7 +33,7 @@ def page(record: dict[str, Any], folder: Path) -> str:
 
 
 def _ended(part: dict[str, Any]) -> str:
-    return part["ended"] if part["ok"] else f"**{part['ended']}**"
+    return f"**{part['ended']}**" if part["ok"] is False else part["ended"]
 
 
 def _found(part: dict[str, Any], folder: Path) -> list[str]:
@@ -120,8 +120,13 @@ def over_all(stages: Sequence[str], folder: Path) -> str:
             failed.append(f"- gpu-{name}: {_unreadable(file, error)}")
             continue
         verdicts = Counter(re.findall(r"\b(met|missed)\b", text))
-        bad = [part for part in record["parts"] if not part["ok"]]
-        ended = f"{len(bad)} of {len(record['parts'])} commands failed" if bad else "well"
+        bad = [part for part in record["parts"] if part["ok"] is False]
+        not_run = [part["ended"] for part in record["parts"] if part["ok"] is None]
+        ended = (
+            f"{len(bad)} of {len(record['parts'])} commands failed"
+            if bad
+            else ", ".join(dict.fromkeys(not_run)) or "well"
+        )
         where = f"{record['machine'].get('gpu', '')}, {record['date']}, {record['commit'][:12]}"
         aims = [str(verdicts[word] or "") for word in ("met", "missed")]
         rows.append([f"gpu-{name}", ended, f"{record.get('seconds', 0):.0f}", *aims, where])

@@ -197,9 +197,17 @@ def test_tests_that_cannot_be_collected_are_a_failure(stage: Any, tmp_path: Path
     assert not well and record["parts"][0]["ended"] == "with 2" and "no_such_module" in page
 
 
-def test_a_program_that_is_not_there_is_said_and_is_no_failure(stage: Any) -> None:
-    well, record, _ = stage(gpu.Part(("well",), file="out.json", under=("no-such-sanitizer",)))
-    assert well and record["parts"][0]["ended"] == "not run: no-such-sanitizer is not on PATH"
+def test_a_program_that_is_not_there_is_said_and_is_neither_a_failure_nor_well(stage: Any) -> None:
+    well, record, page = stage(gpu.Part(("well",), file="out.json", under=("no-such-sanitizer",)))
+    assert well and record["parts"][0]["ok"] is None
+    assert "| gpu-tried | not run: no-such-sanitizer is not on PATH |" in page and "Failed" not in page
+
+
+def test_a_part_has_an_environment_of_its_own(stage: Any, tmp_path: Path) -> None:
+    (tmp_path / "asking.py").write_text("import os; raise SystemExit(os.environ.get('CACHING', 'none'))")
+    _, record, _ = stage(gpu.Part(("asking",), environment=("CACHING=no",)), part("asking"))
+    assert [row["output"].strip() for row in record["parts"]] == ["no", "none"]
+    assert record["parts"][0]["command"].startswith("env CACHING=no ")
 
 
 def test_a_page_of_kernels_has_a_row_a_task_and_says_why_others_have_no_number() -> None:
