@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--output", type=Path, help=f"default: a file in {table.RESULTS}")
     commands.add_parser("estimate", help="a 70B model under FSDP2 by arithmetic, the tables of docs/several_gpus.md")
     write = commands.add_parser("table", help="write tables and pictures of both README.md from results/")
+    write.add_argument("--results", type=Path, default=table.RESULTS, help="folder to read (default %(default)s)")
     write.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page or a picture differs")
     return top
 
@@ -83,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_args(arguments)
     if options.command == "table":
-        return pages.main(options.check)
+        if not any(options.results.glob("*.json")):
+            commands.error(f"--results {options.results} holds no result: give a folder of JSON files of benchmarks")
+        return pages.main(options.check, options.results)
     if options.command == "estimate":
         print(estimate.tables(), end="")
         return 0

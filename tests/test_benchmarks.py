@@ -126,6 +126,19 @@ def test_a_readme_that_drifted_is_told_and_written_again(copy: Path) -> None:
     assert readme.read_text() == original
 
 
+def test_tables_of_another_folder_are_written_and_compared(copy: Path, tmp_path: Path) -> None:
+    """As `make gpu RESULTS=...` fills it."""
+    readme, elsewhere = copy / "benchmarks" / "README.md", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert "--results" in benchmarks(copy, "table", "--results", str(elsewhere)).stderr
+    kernel_results(elsewhere / "kernels-cuda.json")
+    assert benchmarks(copy, "table", "--check", "--results", str(elsewhere)).returncode == 1
+    assert benchmarks(copy, "table", "--results", str(elsewhere)).returncode == 0
+    assert "### Kernels on a GPU" in readme.read_text() and "### Kernels on the CPU" not in readme.read_text()
+    assert benchmarks(copy, "table", "--check", "--results", str(elsewhere)).returncode == 0
+    assert benchmarks(copy, "table", "--check").returncode == 1
+
+
 def test_pairs_that_leave_a_smaller_last_step_are_refused() -> None:
     done = benchmarks(ROOT, "step", "--pairs", "10", "--batch", "8")
     assert done.returncode == 2
