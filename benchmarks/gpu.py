@@ -159,6 +159,11 @@ STAGES = {
             for tool, environment in SANITIZERS.items()
         ),
     ),
+    "step-8b-capybara": Stage("as step-8b-hh-rlhf, Capybara's lengths", _step("llama-3.1-8b", "capybara")),
+    "step-8b-tldr": Stage("as step-8b-hh-rlhf, TL;DR's lengths", _step("llama-3.1-8b", "tldr")),
+    "step-8b-no-prompt": Stage("as step-8b-hh-rlhf, nothing to share or pad", _step("llama-3.1-8b", "no-prompt")),
+    "step-qwen2.5-7b": Stage("a LoRA step of Qwen2.5-7B in bf16, HH-RLHF's lengths", _step("qwen2.5-7b", "hh-rlhf")),
+    "step-mistral": Stage("a LoRA step of Mistral-7B in bf16, HH-RLHF's lengths", _step("mistral-7b", "hh-rlhf")),
 }
 
 

@@ -18,6 +18,7 @@ import pytest
 from benchmarks import __main__ as command_line
 from benchmarks import gpu, gpu_page, outcomes
 from benchmarks.provenance import save
+from benchmarks.table import PLANNED, file_name
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": "NVIDIA H200", "gpu_memory": 2**37, "cuda": "12.8", "driver": "570", "cpu": "a CPU", "cores": 2}
@@ -101,6 +102,19 @@ def test_every_file_of_tests_for_a_gpu_is_in_a_stage() -> None:
     for file in sorted(Path(__file__).parent.glob("test_*.py")):
         runs_there = re.search(r"^(@|pytestmark = |.*marks=)pytest\.mark\.(gpu|kernels)", file.read_text(), re.M)
         assert (f"tests/{file.name}" in run) == bool(runs_there), file.name
+
+
+def test_every_planned_number_of_a_gpu_is_made_by_the_stage_that_its_line_names() -> None:
+    """Five steps were in no stage, so that `make gpu` left their tables empty."""
+    for key, command in PLANNED.items():
+        if key[1] == "cuda":
+            stage = gpu.STAGES[command.removeprefix("make gpu-")]
+            assert [one.file for one in stage.parts] == [file_name(*key)]
+
+
+def test_the_benchmarks_page_names_every_stage() -> None:
+    text = (ROOT / "benchmarks/README.md").read_text()
+    assert [name for name in gpu.STAGES if f"`gpu-{name}`" not in text] == []
 
 
 def test_an_unknown_stage_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

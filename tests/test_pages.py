@@ -95,6 +95,12 @@ def test_the_claim_is_a_gpus_where_there_is_one_and_names_the_closest_rival(tmp_
     assert "NVIDIA H200" in text and "0.50 of" in text and front_page.NO_GPU not in text
 
 
+def test_the_claim_is_of_the_8b_model_on_hh_rlhf_where_others_were_measured_too(tmp_path: Path) -> None:
+    for model, profile in (("llama-3.2-1b", "hh-rlhf"), ("llama-3.1-8b", "capybara"), ("llama-3.1-8b", "hh-rlhf")):
+        step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.0}, model=model, profile=profile)
+    assert "of Llama-3.1-8B's shape, LoRA r=16, pairs as long as HH-RLHF's" in front_page.claim(tmp_path)
+
+
 def test_a_case_of_little_gain_stands_in_its_own_table_and_not_among_the_others(tmp_path: Path) -> None:
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.5}, profile="no-prompt", model="20m", device="cpu")
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.0, "TRL": 1.0}, batch=1, model="20m", device="cpu")
