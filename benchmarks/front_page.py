@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import memory_table, picture, worst
 from benchmarks.device import CPU, CUDA
 from benchmarks.kernel_table import front_table
-from benchmarks.markdown import machine_in_words, short_name, table
+from benchmarks.markdown import commit_in_words, machine_in_words, short_name, table
 from benchmarks.models import MODELS
 from benchmarks.table import in_order
 from benchmarks.table import kernels as kernel_results
@@ -121,9 +121,7 @@ def _origins(results: list[Result]) -> str:
                 versions.setdefault(name, {})[number] = None
     packages = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in versions.items())
     dates = sorted({result["date"] for result in results})
-    commits = dict.fromkeys(
-        result["commit"][:12] + " with uncommitted changes" * result["uncommitted_changes"] for result in results
-    )
+    commits = dict.fromkeys(map(commit_in_words, results))
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{packages}; {when}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
 

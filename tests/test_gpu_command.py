@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import gpu, gpu_page, outcomes
+from benchmarks import gpu, gpu_page, markdown, outcomes, provenance
 from benchmarks.provenance import save
 from benchmarks.table import PLANNED, file_name
 
@@ -222,6 +222,19 @@ def test_a_part_has_an_environment_of_its_own(stage: Any, tmp_path: Path) -> Non
     _, record, _ = stage(gpu.Part(("asking",), environment=("CACHING=no",)), part("asking"))
     assert [row["output"].strip() for row in record["parts"]] == ["no", "none"]
     assert record["parts"][0]["command"].startswith("env CACHING=no ")
+
+
+@pytest.mark.parametrize("lacks", ["git", "a repository"])
+@pytest.mark.parametrize("commit", ["abc", None])
+def test_where_git_says_nothing_the_commit_is_the_given_one_and_changes_are_unknown(
+    lacks: str, commit: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks == "git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    found = provenance.provenance(MACHINE, 2, ["torch"], commit)
+    assert (found["commit"], found["uncommitted_changes"]) == (commit or "none", None)
+    assert markdown.versions_in_words(found).endswith(f"commit {commit or 'none'} (uncommitted changes unknown)")
 
 
 def test_a_page_of_kernels_has_a_row_a_task_and_says_why_others_have_no_number() -> None:
