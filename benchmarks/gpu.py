@@ -228,7 +228,7 @@ def run(name: str, stage: Stage, options: argparse.Namespace, machine: dict[str,
 
     def one(number: int) -> None:
         log = options.results / f"gpu-{name}-{number}.log"
-        rows[number] |= {"file": stage.parts[number].file, **run_part(stage.parts[number], log, ends, options)}
+        rows[number] |= run_part(stage.parts[number], log, ends, options)
         record["seconds"] = round(time.monotonic() - started, 1)
         save(file, record)
 
@@ -242,15 +242,17 @@ def run(name: str, stage: Stage, options: argparse.Namespace, machine: dict[str,
 
 
 def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) -> dict[str, Any]:
-    """How it ended, well or not (None: it did not run), after how many seconds; its last lines where not well; of tests
-    each outcome.
+    """How it ended, well or not (None: it did not run), after how many seconds; its last lines where not well; the file
+    that it wrote, in place of an older one, which else stays; of tests each outcome.
     """
     if STOP.is_set() or time.monotonic() > ends:
         return {"ended": "not begun: no time was left", "ok": False, "seconds": 0.0}
     if part.under and shutil.which(part.under[0]) is None:
         return {"ended": f"not run: {part.under[0]} is not on PATH", "ok": None, "seconds": 0.0}
-    if part.file:
-        (options.results / part.file).unlink(missing_ok=True)  # an older one would pass for this run's
+    file = options.results / part.file
+    older = file.with_name(f"{file.name}.older")
+    if part.file and file.exists():
+        file.replace(older)  # it would pass for this run's
     started, found = time.monotonic(), log.with_suffix(".outcomes")
     found.unlink(missing_ok=True)
     with log.open("w") as output:
@@ -262,6 +264,11 @@ def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) ->
     row: dict[str, Any] = {"ended": ended, "ok": ended == "well", "seconds": round(time.monotonic() - started, 1)}
     if not row["ok"]:
         row["output"] = log.read_text(errors="replace")[-3000:]
+    if part.file and file.exists():
+        row["file"] = part.file
+        older.unlink(missing_ok=True)
+    elif part.file and older.exists():
+        older.replace(file)
     if part.is_test:
         row["tests"] = list(outcomes.read(found).values())
         found.unlink(missing_ok=True)

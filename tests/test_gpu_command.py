@@ -131,6 +131,21 @@ def test_a_part_that_fails_costs_the_others_nothing_and_its_last_words_are_kept(
     assert "| gpu-tried | 1 of 2 commands failed |" in page
 
 
+@pytest.mark.parametrize("left", ["older", "newer"])
+def test_an_older_result_stays_until_there_is_a_new_one_and_is_not_shown_as_new(
+    left: str, stage: Any, tmp_path: Path
+) -> None:
+    """A rerun that failed had destroyed the last good file."""
+    older, newer = ({"benchmark": "explore", "tables": {name: [{"x": 1}]}} for name in ("older", "newer"))
+    writing = f"import sys\nopen(sys.argv[2], 'w').write({json.dumps(newer)!r})"
+    (tmp_path / "trying.py").write_text(writing if left == "newer" else "raise SystemExit('the reason')")
+    save(tmp_path / "out/out.json", older)
+    _, record, page = stage(part("trying"))
+    assert left in json.loads((tmp_path / "out/out.json").read_text())["tables"]
+    assert ("**newer**" in page) == (left == "newer") and "**older**" not in page
+    assert not [*(tmp_path / "out").glob("*.older")] and ("file" in record["parts"][0]) == (left == "newer")
+
+
 def test_a_stage_whose_time_is_up_ends_what_runs_and_says_what_it_had(stage: Any, tmp_path: Path) -> None:
     """With the processes that it had started."""
     well, record, page = stage(part("well"), part("hanging"), part("well"), seconds=2)
