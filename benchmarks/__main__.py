@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--processor-time", action="store_true", help="of one thread, where others use the machine too")
     share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
     view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
-    race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
+    race = commands.add_parser("kernels", help="the kernels alone, against torch, TRL, Liger, CCE, peft and others")
     race.add_argument("--op", nargs="+", choices=kernels.OPS, default=kernels.OPS, help="default: all")
     most = commands.add_parser("memory", help="the longest pair that trains in 4 bits with so much memory")
     for command in (run, share, view):
