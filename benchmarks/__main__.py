@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import estimate, explore, kernels, memory, memory_table, pages, parts, step, table, trace, tune
 from benchmarks.device import CPU, CUDA, DEVICES
 from benchmarks.models import MODELS, WHOLE, quantised
+from benchmarks.provenance import save
 from benchmarks.workload import PROFILES
 
 WATCHED = {"parts": parts, "trace": trace}
@@ -31,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--processor-time", action="store_true", help="of one thread, where others use the machine too")
     share = commands.add_parser("parts", help="a step of fastdpo against its parts measured alone")
     view = commands.add_parser("trace", help="where the time of fastdpo's steps goes, by torch's profiler")
-    race = commands.add_parser("kernels", help="linear_logps and pair_loss against torch, TRL, Liger and CCE")
+    race = commands.add_parser("kernels", help="the kernels alone, against torch, TRL, Liger, CCE, peft and others")
     race.add_argument("--op", nargs="+", choices=kernels.OPS, default=kernels.OPS, help="default: all")
     most = commands.add_parser("memory", help="the longest pair that trains in 4 bits with so much memory")
     for command in (run, share, view):
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--output", type=Path, help=f"default: a file in {table.RESULTS}")
     commands.add_parser("estimate", help="a 70B model under FSDP2 by arithmetic, the tables of docs/several_gpus.md")
     write = commands.add_parser("table", help="write tables and pictures of both README.md from results/")
+    write.add_argument("--results", type=Path, default=table.RESULTS, help="folder to read (default %(default)s)")
     write.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page or a picture differs")
     return top
 
@@ -82,7 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser()
     options = commands.parse_args(arguments)
     if options.command == "table":
-        return pages.main(options.check)
+        if not any(options.results.glob("*.json")):
+            commands.error(f"--results {options.results} holds no result: give a folder of JSON files of benchmarks")
+        return pages.main(options.check, options.results)
     if options.command == "estimate":
         print(estimate.tables(), end="")
         return 0
@@ -139,10 +143,8 @@ def _watch(options: argparse.Namespace) -> int:
     logging.disable(logging.WARNING)
     module = WATCHED[options.command]
     if (result := module.main(options)) is not None:
-        text = json.dumps(result, indent=1) + "\n"
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text)
-        print(module.render(json.loads(text)))
+        save(options.output, result)
+        print(module.render(json.loads(options.output.read_text())))
         print(f"written to {options.output}")
     return 0
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory_table, picture, worst
-from benchmarks.device import CPU, CUDA, DEVICES
+from benchmarks.device import CPU, CUDA
 from benchmarks.kernel_table import front_table
-from benchmarks.markdown import machine_in_words, short_name, table
+from benchmarks.markdown import commit_in_words, machine_in_words, short_name, table
 from benchmarks.models import MODELS
 from benchmarks.table import in_order
+from benchmarks.table import kernels as kernel_results
 from benchmarks.workload import PROFILES
 
 ADDRESS = "benchmarks/results/"  # of the pictures, seen from the front page
@@ -120,9 +121,7 @@ def _origins(results: list[Result]) -> str:
                 versions.setdefault(name, {})[number] = None
     packages = ", ".join(f"{name} {' and '.join(numbers)}" for name, numbers in versions.items())
     dates = sorted({result["date"] for result in results})
-    commits = dict.fromkeys(
-        result["commit"][:12] + " with uncommitted changes" * result["uncommitted_changes"] for result in results
-    )
+    commits = dict.fromkeys(map(commit_in_words, results))
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return f"{packages}; {when}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
 
@@ -152,10 +151,10 @@ def longest_pair(folder: Path) -> str:
 def kernels(folder: Path) -> str:
     """A GPU's, or until one is measured a CPU's, where they are plain torch."""
     for device in (CUDA, CPU):
-        if (file := folder / f"kernels-{device.name}.json").exists():
-            result = json.loads(file.read_text())
+        if results := kernel_results(device, folder):
+            rows = [row for result in results for row in result["rows"]]
             plain = "" if device is CUDA else "Plain torch on a CPU, where no Triton kernel runs. "
-            return f"{front_table(result, DEVICES[device.name])}\n\n{plain}{provenance([result])}\n"
+            return f"{front_table(rows, device)}\n\n{plain}{provenance(results)}\n"
     return "Not measured yet.\n"
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -30,7 +29,7 @@ from typing import Any
 
 from benchmarks import gpu_page, outcomes
 from benchmarks.device import CUDA, ROOT
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, save
 from benchmarks.table import RESULTS, file_name
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -47,13 +46,15 @@ class Part:
     words: tuple[str, ...]
     file: str = ""  # of the results, which it writes itself
     under: tuple[str, ...] = ()  # a program that runs it
+    environment: tuple[str, ...] = ()  # NAME=value
 
     @property
     def is_test(self) -> bool:
         return self.words[0] == "pytest"
 
     def command(self, options: argparse.Namespace) -> list[str]:
-        words = [*self.under, sys.executable, "-m", *self.words]
+        words = ["env", *self.environment] if self.environment else []
+        words += [*self.under, sys.executable, "-m", *self.words]
         if self.is_test:
             return words
         words += ["--output", str(options.results / self.file)]
@@ -91,7 +92,8 @@ def _kernels(file: str, *ops: str) -> tuple[Part, ...]:
 
 
 ALONE = "planned_peak or under_a_second"  # what other processes on the GPU would disturb
-SANITIZERS = ("memcheck", "racecheck")
+# Each with its environment: what is read or written beyond a tensor may well lie in a block that torch's cache keeps.
+SANITIZERS = {"memcheck": ("PYTORCH_NO_CUDA_MEMORY_CACHING=1",), "racecheck": ()}
 STAGES = {
     "tests": Stage(
         "head, pair loss, attention, training, memory and offloading on the GPU against fp64, torch and the CPU",
@@ -152,10 +154,16 @@ STAGES = {
             Part(
                 ("pytest", "tests/test_repeats.py", "-k", "small"),
                 under=("compute-sanitizer", "--tool", tool, "--error-exitcode", "9"),
+                environment=environment,
             )
-            for tool in SANITIZERS
+            for tool, environment in SANITIZERS.items()
         ),
     ),
+    "step-8b-capybara": Stage("as step-8b-hh-rlhf, Capybara's lengths", _step("llama-3.1-8b", "capybara")),
+    "step-8b-tldr": Stage("as step-8b-hh-rlhf, TL;DR's lengths", _step("llama-3.1-8b", "tldr")),
+    "step-8b-no-prompt": Stage("as step-8b-hh-rlhf, nothing to share or pad", _step("llama-3.1-8b", "no-prompt")),
+    "step-qwen2.5-7b": Stage("a LoRA step of Qwen2.5-7B in bf16, HH-RLHF's lengths", _step("qwen2.5-7b", "hh-rlhf")),
+    "step-mistral": Stage("a LoRA step of Mistral-7B in bf16, HH-RLHF's lengths", _step("mistral-7b", "hh-rlhf")),
 }
 
 
@@ -210,7 +218,7 @@ def plan(names: Sequence[str], options: argparse.Namespace, why: str) -> str:
 
 
 def run(name: str, stage: Stage, options: argparse.Namespace, machine: dict[str, Any]) -> bool:
-    """Whether every command ended well; its record is written after each of them, its page at the end."""
+    """Whether no command ended badly; its record is written after each of them, its page at the end."""
     started, ends = time.monotonic(), time.monotonic() + stage.seconds
     file = options.results / f"gpu-{name}.json"
     print(f"gpu-{name}: {stage.measures}; at most {stage.seconds:.0f} s", file=sys.stderr, flush=True)
@@ -220,33 +228,31 @@ def run(name: str, stage: Stage, options: argparse.Namespace, machine: dict[str,
 
     def one(number: int) -> None:
         log = options.results / f"gpu-{name}-{number}.log"
-        rows[number] |= {"file": stage.parts[number].file, **run_part(stage.parts[number], log, ends, options)}
+        rows[number] |= run_part(stage.parts[number], log, ends, options)
         record["seconds"] = round(time.monotonic() - started, 1)
-        _write(file, record)
+        save(file, record)
 
-    _write(file, record)
+    save(file, record)
     with ThreadPoolExecutor(min(len(rows), os.cpu_count() or 1) if stage.side_by_side else 1) as threads:
         list(threads.map(one, range(len(rows))))
     page = gpu_page.page(record, options.results)
     file.with_suffix(".md").write_text(page)
     print(page, flush=True)
-    return all(row["ok"] for row in rows)
-
-
-def _write(file: Path, record: dict[str, Any]) -> None:
-    whole = file.with_suffix(".new")
-    whole.write_text(json.dumps(record, indent=1) + "\n")
-    whole.replace(file)
+    return not any(row["ok"] is False for row in rows)
 
 
 def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) -> dict[str, Any]:
-    """How it ended, after how many seconds; where not well, the last lines that it wrote; of tests each outcome."""
+    """How it ended, well or not (None: it did not run), after how many seconds; its last lines where not well; the file
+    that it wrote, in place of an older one, which else stays; of tests each outcome.
+    """
     if STOP.is_set() or time.monotonic() > ends:
         return {"ended": "not begun: no time was left", "ok": False, "seconds": 0.0}
     if part.under and shutil.which(part.under[0]) is None:
-        return {"ended": f"not run: {part.under[0]} is not on PATH", "ok": True, "seconds": 0.0}
-    if part.file:
-        (options.results / part.file).unlink(missing_ok=True)  # an older one would pass for this run's
+        return {"ended": f"not run: {part.under[0]} is not on PATH", "ok": None, "seconds": 0.0}
+    file = options.results / part.file
+    older = file.with_name(f"{file.name}.older")
+    if part.file and file.exists():
+        file.replace(older)  # it would pass for this run's
     started, found = time.monotonic(), log.with_suffix(".outcomes")
     found.unlink(missing_ok=True)
     with log.open("w") as output:
@@ -258,6 +264,11 @@ def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) ->
     row: dict[str, Any] = {"ended": ended, "ok": ended == "well", "seconds": round(time.monotonic() - started, 1)}
     if not row["ok"]:
         row["output"] = log.read_text(errors="replace")[-3000:]
+    if part.file and file.exists():
+        row["file"] = part.file
+        older.unlink(missing_ok=True)
+    elif part.file and older.exists():
+        older.replace(file)
     if part.is_test:
         row["tests"] = list(outcomes.read(found).values())
         found.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from benchmarks.outcomes import NOT_REACHED
 from benchmarks.table import RENDER
 from benchmarks.table import render as render_step
 
+UNREADABLE = (json.JSONDecodeError, KeyError)  # no whole JSON, or not what its benchmark writes
 MOST = 25  # failed tests that a page has room for
 
 
@@ -32,16 +33,27 @@ def page(record: dict[str, Any], folder: Path) -> str:
 
 
 def _ended(part: dict[str, Any]) -> str:
-    return part["ended"] if part["ok"] else f"**{part['ended']}**"
+    return f"**{part['ended']}**" if part["ok"] is False else part["ended"]
 
 
 def _found(part: dict[str, Any], folder: Path) -> list[str]:
     pieces = [tests_in_words(part["tests"])] if part.get("tests") else []
     if part.get("file") and (folder / part["file"]).exists():
-        pieces.append(numbers(json.loads((folder / part["file"]).read_text())).rstrip())
+        pieces.append(_numbers_of(folder / part["file"]))
     if part.get("output") and not part.get("tests"):
         pieces.append("```\n" + "\n".join(part["output"].strip().splitlines()[-15:]) + "\n```")
     return pieces
+
+
+def _numbers_of(file: Path) -> str:
+    try:
+        return numbers(json.loads(file.read_text())).rstrip()
+    except UNREADABLE as error:
+        return f"**{_unreadable(file, error)}**"
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    return f"{file.name} cannot be read ({type(error).__name__}: {error}): run its command again"
 
 
 def tests_in_words(rows: Sequence[dict[str, Any]]) -> str:
@@ -100,11 +112,21 @@ def over_all(stages: Sequence[str], folder: Path) -> str:
         if not (file := folder / f"gpu-{name}.json").exists():
             rows.append([f"gpu-{name}", "not run", "", "", "", ""])
             continue
-        record = json.loads(file.read_text())
-        text = page(record, folder)
+        try:
+            record = json.loads(file.read_text())
+            text = page(record, folder)
+        except UNREADABLE as error:
+            rows.append([f"gpu-{name}", "unknown", "", "", "", ""])
+            failed.append(f"- gpu-{name}: {_unreadable(file, error)}")
+            continue
         verdicts = Counter(re.findall(r"\b(met|missed)\b", text))
-        bad = [part for part in record["parts"] if not part["ok"]]
-        ended = f"{len(bad)} of {len(record['parts'])} commands failed" if bad else "well"
+        bad = [part for part in record["parts"] if part["ok"] is False]
+        not_run = [part["ended"] for part in record["parts"] if part["ok"] is None]
+        ended = (
+            f"{len(bad)} of {len(record['parts'])} commands failed"
+            if bad
+            else ", ".join(dict.fromkeys(not_run)) or "well"
+        )
         where = f"{record['machine'].get('gpu', '')}, {record['date']}, {record['commit'][:12]}"
         aims = [str(verdicts[word] or "") for word in ("met", "missed")]
         rows.append([f"gpu-{name}", ended, f"{record.get('seconds', 0):.0f}", *aims, where])

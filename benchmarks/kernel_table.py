@@ -219,8 +219,24 @@ def _missing(op: str, rows: list[Row]) -> list[str]:
     return lines
 
 
-def predictions(device: Device) -> str:
-    """The rooflines of shapes that nobody has measured yet."""
+def measured(results: list[dict[str, Any]]) -> set[str]:
+    """The ops that have a number."""
+    return {row["op"] for result in results for row in result["rows"] if _ran(row)}
+
+
+def predictions(device: Device, measured: set[str]) -> list[str]:
+    """The rooflines of the head, and the aims of all kernels, as far as they have no number yet."""
+    pieces = [] if device.kernels.expected is None or "linear_logps" in measured else [_rooflines(device)]
+    if waiting := [aim for aim in device.kernels.aims if aim.op not in measured]:
+        lines = [[_aim_in_words(aim), f"<= {_number(aim.most)}"] for aim in waiting]
+        pieces.append(
+            "Aims that wait for their measurement; a trained head's counts the product that computes the logits again."
+            f"\n\n{table(['', 'aim'], lines)}\n"
+        )
+    return pieces
+
+
+def _rooflines(device: Device) -> str:
     assert device.kernels.expected is not None
     gpu, flops, copied = device.kernels.expected
     ceilings, itemsize = Ceilings(flops, copied), BYTES[device.kernels.dtype]
@@ -230,21 +246,18 @@ def predictions(device: Device) -> str:
     ]
     return (
         f"By arithmetic, not measured: least milliseconds of linear_logps on an {gpu} at {flops / 1e12:.0f} TFLOP/s "
-        f"and {copied / 1e12:.1f} TB/s (one, two and three matrix products).\n\n{table(['', *WANTS], lines)}\n\n"
-        "Aims that wait for their measurement; a trained head's counts the product that computes the logits again.\n\n"
-        + table(["", "aim"], [[_aim_in_words(aim), f"<= {_number(aim.most)}"] for aim in device.kernels.aims])
-        + "\n"
+        f"and {copied / 1e12:.1f} TB/s (one, two and three matrix products).\n\n{table(['', *WANTS], lines)}\n"
     )
 
 
-def front_table(result: dict[str, Any], device: Device) -> str:
+def front_table(every: list[Row], device: Device) -> str:
     """A row a task: the fastest ways of fastdpo, of TRL and of all others, and the leanest that is not fastdpo's. Each
     kernel is at its first shape.
     """
-    shapes = {op: next((tuple(row["shape"]) for row in result["rows"] if row["op"] == op), None) for op in OPS}
+    shapes = {op: next((tuple(row["shape"]) for row in every if row["op"] == op), None) for op in OPS}
     shapes["linear_logps"] = device.kernels.heads[0]
     tasks: dict[tuple[str, str], list[Row]] = {}
-    for row in result["rows"]:
+    for row in every:
         shown = row["op"] != "pair_loss" or row["wants"] == "sigmoid, forward and backward"
         if shown and tuple(row["shape"]) == shapes[row["op"]] and _ran(row):
             tasks.setdefault((row["op"], row["wants"]), []).append(row)

@@ -114,6 +114,14 @@ def _pair_loss(draw: Draw, shape: Shape) -> Call:
     return call
 
 
+def _sequence_sums(draw: Draw, shape: Shape) -> Call:
+    sequences, length = shape
+    token_logps = -draw(sequences * length, dtype=torch.float32).abs()
+    ends = torch.arange(0, sequences * length + 1, length, device=draw.place, dtype=torch.int32)
+    module = importlib.import_module("fastdpo_kernels.pair_loss_triton")
+    return lambda: (module.sequence_sums(token_logps, ends, 0.5),)
+
+
 def _packed(draw: Draw, rows: int, columns: int) -> Packed:
     """A random NF4 weight with double quantisation."""
     numel, blocksize = rows * columns, 64
@@ -208,6 +216,9 @@ TASKS = {
         lambda pairs, length: Work(0.0, 24.0 * pairs * length),
         allowed=1e-6,
         in_graph=True,
+    ),
+    "sequence_sums": Task(
+        _sequence_sums, (128, 250), (6, 70), lambda n, length: Work(0.0, 4.0 * n * length), 1e-6, in_graph=True
     ),
     "nf4": Task(_nf4, (14_336, 4096), (48, 64), lambda rows, width: Work(0.0, 2.52 * rows * width), EXACT),
     "rms_norm": Task(_norm(False), (8192, 4096), (13, 128), _tensors(5)),

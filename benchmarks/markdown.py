@@ -39,8 +39,12 @@ def machine_in_words(machine: dict[str, Any]) -> str:
 def versions_in_words(result: dict[str, Any]) -> str:
     """Python, packages, date and commit."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    changes = " with uncommitted changes" if result["uncommitted_changes"] else ""
-    return f"Python {result['python']}, {versions}. {result['date']}, commit {result['commit'][:12]}{changes}"
+    return f"Python {result['python']}, {versions}. {result['date']}, commit {commit_in_words(result)}"
+
+
+def commit_in_words(result: dict[str, Any]) -> str:
+    changes = {True: " with uncommitted changes", False: "", None: " (uncommitted changes unknown)"}
+    return result["commit"][:12] + changes[result["uncommitted_changes"]]
 
 
 def setting_in_words(result: dict[str, Any]) -> str:

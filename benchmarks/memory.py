@@ -30,7 +30,7 @@ from benchmarks import memory_table, picture, workload
 from benchmarks.device import DEVICES, ROOT, Device
 from benchmarks.memory_table import CONTEXT, GiB, pair
 from benchmarks.models import MODELS, quantised
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, save
 from benchmarks.quantised import QuantisedWeights
 from benchmarks.run import LORA_RANK, TRAINERS, RunSpec, common_settings, lora
 from benchmarks.step import RunFailed, run_environment
@@ -263,12 +263,11 @@ def main(options: Namespace) -> int:
     else:
         result = measure(options, device, machine)
         output = options.output or memory_table.RESULTS / memory_table.file_name(options.device, options.model)
-    text = json.dumps(result, indent=1) + "\n"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text)
-    for file, drawing in picture.files(output, *memory_table.picture_of(json.loads(text))).items():
+    save(output, result)
+    result = json.loads(output.read_text())
+    for file, drawing in picture.files(output, *memory_table.picture_of(result)).items():
         file.write_text(drawing)
-    print(memory_table.render(json.loads(text)))
+    print(memory_table.render(result))
     print(f"written to {output}, and drawn in {output.with_suffix('.svg').name}")
     failed = result["contenders"].get("fastdpo", {}).get("failed")
     if failed:
@@ -390,12 +389,7 @@ def child(spec_file: str, trials_file: str) -> None:
     torch.set_num_threads(task.threads)
     trials = [Trial(**row) for row in json.loads(found.read_text())]
 
-    def save() -> None:
-        written = found.with_suffix(".new")
-        written.write_text(json.dumps([asdict(trial) for trial in trials]))
-        written.replace(found)  # whole, whenever this process ends
-
-    work(task, trials, math.inf if seconds is None else seconds, save)
+    work(task, trials, math.inf if seconds is None else seconds, lambda: save(found, [asdict(one) for one in trials]))
 
 
 if __name__ == "__main__":

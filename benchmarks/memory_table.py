@@ -27,6 +27,10 @@ AIMS = {8: 1500, 12: 10_000, 16: 20_000, 24: 40_000}  # GiB -> tokens of each re
 UNSLOTH = {8: 2972, 12: 21_848, 16: 40_724, 24: 78_475}
 
 
+PLAN = "gpu-plan.json"  # the stage whose tests noted these figures
+RATIO, MEASURED, PLAN_AIM = "planned / measured", "MiB measured", (0.9, 1.1)
+
+
 def pair(prompt: str, response: int) -> PairLengths:
     """A pair of two responses of that many tokens; `prompt` is of PROMPTS."""
     ratio = PROFILES["ultrafeedback"].prompt_to_response
@@ -145,6 +149,25 @@ def waiting_aims(folder: Path) -> list[list[str]]:
         [f"response tokens of the longest pair on {gib} GiB, prompts of {SHORT} tokens: {title}", f">= 2 x {aim}"]
         for gib, aim in AIMS.items()
     ]
+
+
+def planned(folder: Path) -> str:
+    """The memory plan beside what was measured, as its tests noted; "" where none has."""
+    record: dict[str, Any] = json.loads((folder / PLAN).read_text()) if (folder / PLAN).exists() else {"parts": []}
+    tests = [test for part in record["parts"] for test in part.get("tests", []) if RATIO in test["figures"]]
+    if not tests:
+        return ""
+    rows = []
+    for test in tests:
+        setting = ", ".join(filter(None, re.sub(r".*\[|\]", "", test["test"]).split("-")))
+        ratio, low, high = test["figures"][RATIO], *PLAN_AIM
+        verdict = "met" if low <= ratio <= high else "missed"
+        rows.append([setting, str(test["figures"][MEASURED]), f"{ratio:.3f}", f"{low} to {high}", verdict])
+    return (
+        "### Peak memory as planned and as measured on a GPU\n\n"
+        f"{machine_in_words(record['machine'])}. {versions_in_words(record)}.\n\n"
+        f"{table(['model, tokens, what trains', MEASURED, RATIO, 'aim', ''], rows)}\n"
+    )
 
 
 def predictions(folder: Path) -> str:

@@ -1,6 +1,7 @@
-"""Writes what two README.md and the pictures take from results/, and says where they have drifted.
+"""Writes what two README.md and the pictures take from a folder of results, and says where they have drifted.
 
-A page holds its generated texts between markers, each by a name.
+`python -m benchmarks table --results FOLDER` reads another one than results/, where the pictures go all the same: there
+the pages look for them. A page holds its generated texts between markers, each by a name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def files(folder: Path) -> dict[Path, str]:
     blocks = {ROOT / "benchmarks" / "README.md": {"results": table.generated(folder)}, ROOT / "README.md": front}
     wanted = {page: filled(page.read_text(), texts) for page, texts in blocks.items()}
     for file, drawing in memory_table.pictures(folder).items():
-        wanted |= picture.files(file, *drawing)
+        wanted |= picture.files(ROOT / front_page.ADDRESS / file.name, *drawing)
     return wanted
 
 
@@ -40,7 +41,7 @@ def filled(text: str, blocks: dict[str, str]) -> str:
 
 
 def main(check: bool, folder: Path = table.RESULTS) -> int:
-    """Writes them, or with `check` only says which of them are not what results/ holds; 1 where there is one."""
+    """Writes them, or with `check` only says which of them are not what the folder holds; 1 where there is one."""
     drifted = {file: text for file, text in files(folder).items() if not file.exists() or file.read_text() != text}
     for file, text in drifted.items():
         if check:

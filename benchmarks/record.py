@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.provenance import save
 from benchmarks.roofline import Ceilings, Work
 
 
@@ -71,5 +71,4 @@ class Results:
             return
         rows = [row.summary(self.ceilings) for row in self._rows.values()]
         result = {"benchmark": "kernels", **self._origin, "ceilings": asdict(self.ceilings), "heads": self.heads}
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+        save(self._file, {**result, "rows": rows})

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks import flops, workload
 from benchmarks.device import DEVICES, ROOT, Device, Tolerances
 from benchmarks.models import MODELS, Model
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, save
 from benchmarks.run import RunResult, RunSpec
 from benchmarks.table import LATER, render, span_in_words
 from benchmarks.workload import PROFILES
@@ -151,10 +151,8 @@ def main(options: Namespace) -> int:
     except (CurvesDiffer, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = json.dumps(result, indent=1) + "\n"
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(text)
-    print(render(json.loads(text)))  # what the file says, nothing else
+    save(options.output, result)
+    print(render(json.loads(options.output.read_text())))  # what the file says, nothing else
     print(f"written to {options.output}")
     differ = [name for name, row in result["configurations"].items() if row.get("curve_differs")]
     for name in differ:

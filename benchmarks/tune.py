@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.device import DEVICES
 from benchmarks.markdown import machine_in_words, table, versions_in_words
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, save
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton")
@@ -51,7 +51,7 @@ def main(options: Namespace) -> int:
     if machine and output:
         _time_all(result, started + (options.seconds or math.inf), output)
     elif output:
-        _write(output, result)
+        save(output, result)
     print(render(json.loads(json.dumps(result))))
     return 1 if any(row["reason"].startswith("failed") for row in result["rows"]) else 0
 
@@ -94,12 +94,7 @@ def _time_all(result: dict[str, Any], ends: float, file: Path) -> None:
             row["reason"] = f"not run: the GPU stopped answering before ({meter.dead})"
         if not row["reason"]:
             row |= against_default(row["knob"], row["task"], row["candidate"], meter)
-        _write(file, result)
-
-
-def _write(file: Path, result: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+        save(file, result)
 
 
 def against_default(knob: str, task: str, candidate: str, meter: Any, small: bool = False) -> dict[str, Any]:

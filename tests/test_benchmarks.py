@@ -34,6 +34,7 @@ from benchmarks import (  # noqa: E402
     blocks,
     contenders,
     flops,
+    front_page,
     heads,
     kernel_table,
     measure,
@@ -123,6 +124,19 @@ def test_a_readme_that_drifted_is_told_and_written_again(copy: Path) -> None:
     assert benchmarks(copy, "table", "--check").returncode == 1
     assert benchmarks(copy, "table").returncode == 0
     assert readme.read_text() == original
+
+
+def test_tables_of_another_folder_are_written_and_compared(copy: Path, tmp_path: Path) -> None:
+    """As `make gpu RESULTS=...` fills it."""
+    readme, elsewhere = copy / "benchmarks" / "README.md", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert "--results" in benchmarks(copy, "table", "--results", str(elsewhere)).stderr
+    kernel_results(elsewhere / "kernels-cuda.json")
+    assert benchmarks(copy, "table", "--check", "--results", str(elsewhere)).returncode == 1
+    assert benchmarks(copy, "table", "--results", str(elsewhere)).returncode == 0
+    assert "### Kernels on a GPU" in readme.read_text() and "### Kernels on the CPU" not in readme.read_text()
+    assert benchmarks(copy, "table", "--check", "--results", str(elsewhere)).returncode == 0
+    assert benchmarks(copy, "table", "--check").returncode == 1
 
 
 def test_pairs_that_leave_a_smaller_last_step_are_refused() -> None:
@@ -924,6 +938,32 @@ def test_every_aim_of_a_step_stands_on_the_page_until_it_is_measured(tmp_path: P
     assert "HH-RLHF" not in text and "sum of its parts" not in text and "as long as HelpSteer's | >= 2.5 |" in text
 
 
+def stage_record(file: Path, *parts: dict[str, Any]) -> None:
+    machine = {**FACTS, "threads": 16}
+    origin = {"date": "2026-01-01", "commit": "abc", "uncommitted_changes": False, "python": "3.12", "versions": {}}
+    file.write_text(json.dumps({**origin, "machine": machine, "parts": parts}))
+
+
+@pytest.mark.parametrize("stage", ["tests", "plan"])
+def test_what_a_stage_shows_is_open_until_all_of_its_commands_ended_well(stage: str, tmp_path: Path) -> None:
+    """Its record is written before the first command begins."""
+    for ends, waiting in (((False, False), True), ((True, False), True), ((True, True), False)):
+        stage_record(tmp_path / f"gpu-{stage}.json", *({"ok": ok} for ok in ends))
+        line = "peak memory as planned" if stage == "plan" else "encoder-decoders, rows with images"
+        assert (line in table.generated(tmp_path)) == waiting
+
+
+def test_the_plans_ratios_stand_in_a_table_with_their_aim(tmp_path: Path) -> None:
+    name = "tests/test_gpu.py::test_the_planned_peak_is_the_measured_one"
+    figures = {f"{name}[1B-2048-lora-checkpointing]": 0.97, f"{name}[small-8192-full-]": 1.2}
+    noted = [{"test": test, "figures": {"planned / measured": x, "MiB measured": 512}} for test, x in figures.items()]
+    stage_record(tmp_path / "gpu-plan.json", {"ok": False, "tests": [*noted, {"test": "another", "figures": {}}]})
+    text = table.generated(tmp_path)
+    assert "### Peak memory as planned and as measured on a GPU\n\nNVIDIA H200, 150 GiB" in text
+    assert "| 1B, 2048, lora, checkpointing | 512 | 0.970 | 0.9 to 1.1 | met |" in text
+    assert "| small, 8192, full | 512 | 1.200 | 0.9 to 1.1 | missed |" in text and "another" not in text
+
+
 def test_the_least_work_counts_one_two_and_three_products() -> None:
     shape, ceilings = (8192, 128_256, 4096), Ceilings(790e12, 4.3e12)
     product = 2 * 8192 * 128_256 * 4096
@@ -1191,12 +1231,14 @@ def kernel_results(file: Path, gpu: str = "NVIDIA H200") -> None:
 
 
 def test_a_gpus_kernels_get_tables_with_their_aims_and_reasons(copy: Path) -> None:
-    assert CUDA.kernels.unmeasured in (copy / "benchmarks/README.md").read_text()
+    waiting = list(CUDA.kernels.unmeasured.values())
+    assert all(line in (copy / "benchmarks/README.md").read_text() for line in waiting)
     kernel_results(copy / "benchmarks/results/kernels-cuda.json")
     assert benchmarks(copy, "table", "--check").returncode == 1
     assert benchmarks(copy, "table").returncode == 0
     text, front = (copy / "benchmarks/README.md").read_text(), (copy / "README.md").read_text()
-    assert "### Kernels on a GPU" in text and CUDA.kernels.unmeasured not in text and "By arithmetic" not in text
+    assert "### Kernels on a GPU" in text and [line in text for line in waiting] == [False, True]
+    assert "By arithmetic" not in text and "| ms: fastdpo triton, nested scales, 14336x4096 | <= 0.0404 |" in text
     assert "| fastdpo streamed | 21.8 | 50 | 286 | 43.6 | 50 | 286 | 65.4 | 50 | 286 | 1.0e-03 |  |" in text
     assert "| ms: fastdpo streamed, forward, 8192x128256x4096 | 21.8 | <= 12.5 | missed |" in text
     assert "| MB beside results: fastdpo streamed, frozen head, 8192x128256x4096 | 290 | <= 300 | met |" in text
@@ -1209,6 +1251,23 @@ def test_a_gpus_kernels_get_tables_with_their_aims_and_reasons(copy: Path) -> No
         "| linear_logps 8192x128256x4096 bfloat16, frozen head | fastdpo streamed: 43.6; 50%; 286 |  |  |  |" in front
     )
     assert "Plain torch on a CPU" not in front
+
+
+def test_kernels_in_two_files_of_a_device_make_one_table_of_the_front_page(tmp_path: Path) -> None:
+    """Only the head's file was read, so that what `make gpu` measured of pair_loss stood nowhere."""
+    file = tmp_path / "kernels-cuda.json"
+    kernel_results(file)
+    result = json.loads(file.read_text())
+    loss = [{**row, "wants": "sigmoid, forward and backward"} for row in result["rows"] if row["op"] == "pair_loss"]
+    head = [row for row in result["rows"] if row["op"] == "linear_logps"]
+    for name, rows in (("", head), ("-blocks", loss)):
+        (tmp_path / f"kernels-cuda{name}.json").write_text(json.dumps({**result, "rows": rows}))
+    text = front_page.kernels(tmp_path)
+    assert [line.split(",")[0] for line in text.splitlines()[2:-2]] == [
+        *["| linear_logps 8192x128256x4096 bfloat16"] * 3,
+        "| pair_loss 64 float32",
+    ]
+    assert text.count("NVIDIA H200, 150 GiB") == 1
 
 
 def test_aims_are_of_the_gpu_that_they_name(tmp_path: Path) -> None:

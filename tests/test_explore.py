@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as benchmarks
+from benchmarks.device import CPU
 from benchmarks.explore import compiled, dequantise, float8, graphs, host, small, sparse
 from benchmarks.explore.stepping import Stepping
 from benchmarks.flops import needed_flops
@@ -20,6 +23,7 @@ from benchmarks.roofline import Ceilings
 from benchmarks.workload import PROFILES, PairLengths, build_model, pair_lengths
 from fastdpo.batch import pack
 from fastdpo.data import TokenPair
+from fastdpo.model import base_model
 
 
 def multiplies_fp8() -> bool:
@@ -192,6 +196,36 @@ def test_traffic_is_what_goes_in_and_out() -> None:
     with compiled.Traffic() as traffic:
         (left + right).t()
     assert traffic.moved == 3 * 8 * 4 * 4
+
+
+def test_what_a_block_does_in_its_first_call_alone_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused kernels compare themselves with the module then, with all its weights."""
+    run = Stepping(build_model(small.SHAPE, 64, "bfloat16", "cpu"))
+    usual = compiled.of_block(run, 16, compiled=False)
+    layer, calls = base_model(run.policy.model).model.layers[0], []
+    forward = layer.forward
+
+    def checking(*given: Any, **named: Any) -> Any:
+        calls.append(0)
+        if len(calls) == 1:
+            forward(*given, **named)
+        return forward(*given, **named)
+
+    monkeypatch.setattr(layer, "forward", checking)
+    assert compiled.of_block(run, 16, compiled=False) == usual and len(calls) == 2
+
+
+@pytest.mark.parametrize(("device", "blocks"), [(CPU, "as they are"), (replace(CPU), "fused")], ids=["CPU", "another"])
+def test_steps_are_called_by_the_blocks_that_ran(device: Any, blocks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU they were fused and called as they are."""
+    fused: list[str] = []
+    monkeypatch.setattr(compiled, "ROUNDS", 1)
+    monkeypatch.setitem(MODELS, CPU.model, small.SHAPE)
+    monkeypatch.setattr(compiled, "compiled_blocks", lambda *given: nullcontext())
+    monkeypatch.setattr(compiled, "patched", lambda models: fused.append("fused") or nullcontext())
+    monkeypatch.setattr(compiled, "pair_lengths", lambda profile, count: [PairLengths(4, 3, 3)])
+    rows = compiled.stepped(device)
+    assert [row["blocks"] for row in rows] == [*(fused or ["as they are"]), "compiled"] == [blocks, "compiled"]
 
 
 @needs_fp8

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import gpu, gpu_page, outcomes
+from benchmarks import gpu, gpu_page, markdown, outcomes, provenance
+from benchmarks.provenance import save
+from benchmarks.table import PLANNED, file_name
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"gpu": "NVIDIA H200", "gpu_memory": 2**37, "cuda": "12.8", "driver": "570", "cpu": "a CPU", "cores": 2}
@@ -102,6 +104,19 @@ def test_every_file_of_tests_for_a_gpu_is_in_a_stage() -> None:
         assert (f"tests/{file.name}" in run) == bool(runs_there), file.name
 
 
+def test_every_planned_number_of_a_gpu_is_made_by_the_stage_that_its_line_names() -> None:
+    """Five steps were in no stage, so that `make gpu` left their tables empty."""
+    for key, command in PLANNED.items():
+        if key[1] == "cuda":
+            stage = gpu.STAGES[command.removeprefix("make gpu-")]
+            assert [one.file for one in stage.parts] == [file_name(*key)]
+
+
+def test_the_benchmarks_page_names_every_stage() -> None:
+    text = (ROOT / "benchmarks/README.md").read_text()
+    assert [name for name in gpu.STAGES if f"`gpu-{name}`" not in text] == []
+
+
 def test_an_unknown_stage_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu.main(["step-9b"])
@@ -114,6 +129,21 @@ def test_a_part_that_fails_costs_the_others_nothing_and_its_last_words_are_kept(
     assert "the reason" in record["parts"][0]["output"] and "the reason" in page
     assert record["machine"]["driver"] == "570" and record["versions"]["torch"] and record["commit"] == "abc"
     assert "| gpu-tried | 1 of 2 commands failed |" in page
+
+
+@pytest.mark.parametrize("left", ["older", "newer"])
+def test_an_older_result_stays_until_there_is_a_new_one_and_is_not_shown_as_new(
+    left: str, stage: Any, tmp_path: Path
+) -> None:
+    """A rerun that failed had destroyed the last good file."""
+    older, newer = ({"benchmark": "explore", "tables": {name: [{"x": 1}]}} for name in ("older", "newer"))
+    writing = f"import sys\nopen(sys.argv[2], 'w').write({json.dumps(newer)!r})"
+    (tmp_path / "trying.py").write_text(writing if left == "newer" else "raise SystemExit('the reason')")
+    save(tmp_path / "out/out.json", older)
+    _, record, page = stage(part("trying"))
+    assert left in json.loads((tmp_path / "out/out.json").read_text())["tables"]
+    assert ("**newer**" in page) == (left == "newer") and "**older**" not in page
+    assert not [*(tmp_path / "out").glob("*.older")] and ("file" in record["parts"][0]) == (left == "newer")
 
 
 def test_a_stage_whose_time_is_up_ends_what_runs_and_says_what_it_had(stage: Any, tmp_path: Path) -> None:
@@ -129,12 +159,9 @@ def test_a_stage_whose_time_is_up_ends_what_runs_and_says_what_it_had(stage: Any
 
 
 def test_a_signal_ends_what_runs_and_the_rest_is_written_down(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_write", lambda file, record: (write(file, record), os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(gpu, "save", lambda file, record: (save(file, record), os.kill(os.getpid(), signal.SIGTERM)))
     well, record, _ = stage(part("hanging"), part("well"))
     assert not well and [row["seconds"] for row in record["parts"]] == [0.0, 0.0]
-
-
-write = gpu._write
 
 
 def test_a_test_that_kills_its_process_costs_the_others_nothing(stage: Any, tmp_path: Path) -> None:
@@ -199,9 +226,30 @@ def test_tests_that_cannot_be_collected_are_a_failure(stage: Any, tmp_path: Path
     assert not well and record["parts"][0]["ended"] == "with 2" and "no_such_module" in page
 
 
-def test_a_program_that_is_not_there_is_said_and_is_no_failure(stage: Any) -> None:
-    well, record, _ = stage(gpu.Part(("well",), file="out.json", under=("no-such-sanitizer",)))
-    assert well and record["parts"][0]["ended"] == "not run: no-such-sanitizer is not on PATH"
+def test_a_program_that_is_not_there_is_said_and_is_neither_a_failure_nor_well(stage: Any) -> None:
+    well, record, page = stage(gpu.Part(("well",), file="out.json", under=("no-such-sanitizer",)))
+    assert well and record["parts"][0]["ok"] is None
+    assert "| gpu-tried | not run: no-such-sanitizer is not on PATH |" in page and "Failed" not in page
+
+
+def test_a_part_has_an_environment_of_its_own(stage: Any, tmp_path: Path) -> None:
+    (tmp_path / "asking.py").write_text("import os; raise SystemExit(os.environ.get('CACHING', 'none'))")
+    _, record, _ = stage(gpu.Part(("asking",), environment=("CACHING=no",)), part("asking"))
+    assert [row["output"].strip() for row in record["parts"]] == ["no", "none"]
+    assert record["parts"][0]["command"].startswith("env CACHING=no ")
+
+
+@pytest.mark.parametrize("lacks", ["git", "a repository"])
+@pytest.mark.parametrize("commit", ["abc", None])
+def test_where_git_says_nothing_the_commit_is_the_given_one_and_changes_are_unknown(
+    lacks: str, commit: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lacks == "git":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    found = provenance.provenance(MACHINE, 2, ["torch"], commit)
+    assert (found["commit"], found["uncommitted_changes"]) == (commit or "none", None)
+    assert markdown.versions_in_words(found).endswith(f"commit {commit or 'none'} (uncommitted changes unknown)")
 
 
 def test_a_page_of_kernels_has_a_row_a_task_and_says_why_others_have_no_number() -> None:
@@ -214,6 +262,31 @@ def test_a_page_of_kernels_has_a_row_a_task_and_says_why_others_have_no_number()
     (line,) = [line for line in text.splitlines() if line.startswith("| linear_logps, 256x4096x256, forward |")]
     assert f"{fastest['contender']} | {1e3 * fastest['median']:.3g} |" in line
     assert "method='fused' needs a GPU." in text
+
+
+@pytest.mark.parametrize("text", ['{"benchmark": "tu', '{"benchmark": "tune"}'], ids=["cut off", "without its fields"])
+def test_a_result_file_that_cannot_be_read_is_a_line_and_costs_the_rest_nothing(
+    text: str, stage: Any, tmp_path: Path
+) -> None:
+    """A command that was ended while it wrote left half of a file, and no stage after it was summed up."""
+    (tmp_path / "half.py").write_text(f"import sys\nopen(sys.argv[2], 'w').write({text!r})")
+    well, _, page = stage(part("half"))
+    assert well and "**out.json cannot be read (" in page and "| gpu-tried | well |" in page
+
+
+def test_a_stages_record_that_cannot_be_read_is_a_line_of_the_page_over_all(tmp_path: Path) -> None:
+    (tmp_path / "gpu-step.json").write_text('{"stage": "st')
+    text = gpu_page.over_all(["step", "memory"], tmp_path)
+    assert "| gpu-step | unknown |" in text and "| gpu-memory | not run |" in text
+    assert "- gpu-step: gpu-step.json cannot be read (JSONDecodeError: " in text
+
+
+def test_whoever_reads_a_result_while_it_is_written_again_has_the_old_one_whole(tmp_path: Path) -> None:
+    file = tmp_path / "new folder" / "out.json"
+    save(file, {"rows": [1]})
+    with file.open() as reader:
+        save(file, {"rows": [1, 2]})
+        assert json.load(reader) == {"rows": [1]} and json.loads(file.read_text()) == {"rows": [1, 2]}
 
 
 def test_the_page_over_all_counts_aims_and_names_those_that_were_missed(tmp_path: Path) -> None:

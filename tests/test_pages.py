@@ -95,6 +95,12 @@ def test_the_claim_is_a_gpus_where_there_is_one_and_names_the_closest_rival(tmp_
     assert "NVIDIA H200" in text and "0.50 of" in text and front_page.NO_GPU not in text
 
 
+def test_the_claim_is_of_the_8b_model_on_hh_rlhf_where_others_were_measured_too(tmp_path: Path) -> None:
+    for model, profile in (("llama-3.2-1b", "hh-rlhf"), ("llama-3.1-8b", "capybara"), ("llama-3.1-8b", "hh-rlhf")):
+        step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.0}, model=model, profile=profile)
+    assert "of Llama-3.1-8B's shape, LoRA r=16, pairs as long as HH-RLHF's" in front_page.claim(tmp_path)
+
+
 def test_a_case_of_little_gain_stands_in_its_own_table_and_not_among_the_others(tmp_path: Path) -> None:
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.5}, profile="no-prompt", model="20m", device="cpu")
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.0, "TRL": 1.0}, batch=1, model="20m", device="cpu")
@@ -152,21 +158,21 @@ def test_a_bar_is_as_long_as_its_number_says_in_as_many_parts() -> None:
 def test_a_page_or_a_picture_that_drifted_is_told_and_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
     for page in ("README.md", "benchmarks/README.md"):
         shutil.copy(ROOT / page, tmp_path / page)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    results = tmp_path / "results"
+    results = tmp_path / "elsewhere"
     results.mkdir()
     plan(results)
     assert pages.main(check=False, folder=results) == 0 and pages.main(check=True, folder=results) == 0
-    drawn = results / "plan-llama-3.1-8b-dark.svg"
+    drawn = tmp_path / "benchmarks/results/plan-llama-3.1-8b-dark.svg"
     for spoil in (lambda: drawn.write_text(drawn.read_text().replace("2,227", "9,227")), drawn.unlink):
         spoil()
         assert pages.main(check=True, folder=results) == 1 and str(drawn) in capsys.readouterr().err
         assert pages.main(check=False, folder=results) == 0 and pages.main(check=True, folder=results) == 0
     step(results, {"fastdpo": 3.0, "TRL tuned": 2.5}, profile="no-prompt")
-    assert pages.main(check=True, folder=results) == 1 and "results" in capsys.readouterr().err
+    assert pages.main(check=True, folder=results) == 1 and str(results) in capsys.readouterr().err
 
 
 def test_a_page_without_its_markers_is_an_error() -> None:

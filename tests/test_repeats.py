@@ -6,13 +6,29 @@ stream of their own there, while products on another one take multiprocessors an
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 import pytest
 import torch
 from conftest import KERNEL_DEVICE
 
+import fastdpo_kernels
 from benchmarks.knobs import TASKS
+from fastdpo_kernels.rope_triton import _rope_kernel
 
 TIMES = 20
+
+
+def test_every_kernel_is_among_what_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That which sums a sequence was not, and so neither repeated nor watched by a sanitizer."""
+    modules = [import_module(f"fastdpo_kernels.{found.name}") for found in iter_modules(fastdpo_kernels.__path__)]
+    kind, launched = type(_rope_kernel), set()  # compiled on a GPU, else interpreted
+    found = {name for module in modules for name, value in vars(module).items() if isinstance(value, kind)}
+    monkeypatch.setattr(kind, "run", lambda kernel, *arguments, **options: launched.add(kernel.__name__))
+    for task in TASKS.values():
+        task.on(KERNEL_DEVICE, small=True)()
+    assert launched == {name for name in found if name.endswith("_kernel")}
 
 
 @pytest.mark.kernels

@@ -6,14 +6,13 @@ Where there is no GPU, what can be had without one: numbers emulated, FLOPs and 
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from importlib import import_module
 from typing import Any
 
 from benchmarks.device import DEVICES
 from benchmarks.markdown import table
-from benchmarks.provenance import provenance
+from benchmarks.provenance import provenance, save
 
 NAMES = ("compiled", "dequantise", "fp8", "graphs", "host", "sparse")
 NEED_DATA = ("sparse",)
@@ -33,8 +32,7 @@ def main(options: Namespace) -> int:
     origin = provenance(machine, options.threads, PACKAGES, options.commit)
     tables = import_module(f"benchmarks.explore.{options.name}").measure(options)
     result = {"benchmark": "explore", "name": options.name, "device": device.name, **origin, "tables": tables}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.output, result)
     print(f"{render(result)}\nwritten to {options.output}")
     return 0
 
