@@ -102,9 +102,10 @@ def lora_mlp(
     rows, factors = _rows(x), _factors(projections.values())
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *factors))
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        count = math.ceil(rows.shape[0] / launch.MLP_ROWS)
         parts = [
             _Mlp.apply(part, tuple(projections.values()), activation, keep, *factors)
-            for part in rows.chunk(max(1, math.ceil(len(rows) / launch.MLP_ROWS)))
+            for part in (rows.chunk(count) if count > 1 else [rows])  # the gradient of chunks is a copy
         ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], y.shape[-1])
