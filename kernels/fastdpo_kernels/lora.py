@@ -8,9 +8,10 @@
 Plain autograd over peft's layers keeps, for each adapter, a copy of x in the adapter's dtype and what comes after its
 scaling, and for a MLP act(gate), h and a cast of it as well. Kept here: x, the (N, r) products u, and gate and up of a
 MLP; the backward makes h again. For the MLP of an 8B model (I=14336, D=4096) at N=8192 that are 537 MB of bf16, plus
-0.3 MB for each adapter of rank 16. What else is as wide as a MLP (h, dh, dup) is there for `launch.MLP_ROWS` rows at a
-time. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way, for a MLP once each way and
-`launch.MLP_ROWS` rows, and only one is there at a time.
+0.3 MB for each adapter of rank 16. Factors that had to be stacked, or cast to the dtype of x, are kept as they were
+multiplied with: 2.6 MB of bf16 a block of such a model. What else is as wide as a MLP (h, dh, dup) is there for
+`launch.MLP_ROWS` rows at a time. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way,
+for a MLP once each way and `launch.MLP_ROWS` rows, and only one is there at a time.
 
 Products are cuBLAS's. Which of them are joined, by what they read and write at N=8192, I=O=4096, r=16 in bf16 (x and y
 67 MB each, 16 us on an H200; unmeasured):
@@ -103,8 +104,10 @@ def lora_mlp(
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *factors))
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         count = math.ceil(rows.shape[0] / launch.MLP_ROWS)
+        with torch.no_grad():
+            cast = *_in_dtype(factors[4:], rows.dtype), *_in_dtype(factors[:4], rows.dtype)
         parts = [
-            _Mlp.apply(part, tuple(projections.values()), activation, keep, *factors)
+            _Mlp.apply(part, tuple(projections.values()), activation, keep, cast, *factors)
             for part in (rows.chunk(count) if count > 1 else [rows])  # the gradient of chunks is a copy
         ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -338,19 +341,24 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, projections: tuple[Projection, ...], activation: str, keep: bool, *factors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        projections: tuple[Projection, ...],
+        activation: str,
+        keep: bool,
+        cast: Factors,  # A and B of down, and what gate and up have in common, as they are multiplied with
+        *factors: Tensor | None,
     ) -> Tensor:
-        stack, *bs = _in_dtype(factors[:4], x.dtype)
-        down_a, down_b = _in_dtype(factors[4:], x.dtype)
+        down_a, down_b, stack, *bs = cast
         (gate, up), low = _forward(x, projections[:2], stack, bs)
         h = glu_forward(gate, up, activation)
         if not keep:
             del gate, up
         ((y,), down_low) = _forward(h, projections[2:], down_a, [down_b])
         if keep:
-            of_a, of_b = ctx.needs_input_grad[4::2], ctx.needs_input_grad[5::2]
+            of_a, of_b = ctx.needs_input_grad[5::2], ctx.needs_input_grad[6::2]
             kept = x if any(of_a[:2]) else None, low if any(of_b[:2]) else None, down_low if of_b[2] else None
-            ctx.save_for_backward(gate, up, *kept, down_a, down_b, stack, *bs)
+            ctx.save_for_backward(gate, up, *kept, *cast)
         ctx.projections, ctx.versions, ctx.activation = projections, _versions(projections), activation
         return y
 
@@ -358,7 +366,7 @@ class _Mlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, x, low, down_low, down_a, down_b, stack, *bs = ctx.saved_tensors
-        first, down, needs = ctx.projections[:2], ctx.projections[2:], ctx.needs_input_grad[4:]
+        first, down, needs = ctx.projections[:2], ctx.projections[2:], ctx.needs_input_grad[5:]
         _check_versions(ctx.projections, ctx.versions)
         with torch.autocast(grad.device.type, enabled=False), torch.cuda.device_of(grad):
             grad = grad.contiguous()
@@ -371,4 +379,4 @@ class _Mlp(torch.autograd.Function):
             del h, grad_h
             wanted = ctx.needs_input_grad[0], False, *needs[:4]
             grad_x, _, *of_first = _backward(grads, x, low, first, stack, bs, wanted)
-        return grad_x, None, None, None, *of_first, *of_down
+        return grad_x, None, None, None, None, *of_first, *of_down
