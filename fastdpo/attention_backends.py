@@ -301,10 +301,12 @@ def _by_flash_kernels(
 ) -> Tensor:
     """`attend` takes and gives (tokens, heads, size)."""
     width = flash_width(query.shape[-1], value.shape[-1])
-    q, k, v = (_widened(tensor, width)[0].transpose(0, 1) for tensor in (query, key, value))
-    groups = segment_groups(segments.query_lengths, query.shape[1], width)
-    parts = [attend(q[call.queries], k[call.keys], v[call.keys], call) for call in _calls(segments, groups)]
-    result = parts[0] if len(parts) == 1 else torch.cat(parts)
+    q, k, v = (_widened(tensor, width).squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    calls = list(_calls(segments, segment_groups(segments.query_lengths, query.shape[1], width)))
+    if len(calls) == 1:  # an index, even of all, fills zeros with its gradient
+        result = attend(q, k, v, calls[0])
+    else:
+        result = torch.cat([attend(q[call.queries], k[call.keys], v[call.keys], call) for call in calls])
     return result[..., : value.shape[-1]].transpose(0, 1)[None]
 
 

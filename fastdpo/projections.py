@@ -87,7 +87,7 @@ def refusal(module: Any, training: bool) -> str:
         return f"{type(base).__name__} computes in its own way"
     if weight.requires_grad or bias is not None and bias.requires_grad:
         return "weights that train" if base is not module else "weights that train: fused once frozen under adapters"
-    if kind == "dense" and type(weight.data) not in (Tensor, FakeTensor):
+    if kind == "dense" and type(weight) is not nn.Parameter and type(weight.data) not in (Tensor, FakeTensor):
         return f"weights are {type(weight.data).__name__}"
     if getattr(state, "packing_format_for_cpu", False):
         return "bitsandbytes has repacked the 4-bit weights for CPU"
@@ -109,8 +109,9 @@ def _base(module: Any) -> Any:
 def _adapter(module: Any) -> Adapter | None:
     if not (names := _active(module)):
         return None
-    a, b = (module._modules[factor]._modules[names[0]]._parameters["weight"] for factor in ("lora_A", "lora_B"))
-    return Adapter(a, b, float(module.scaling[names[0]]))
+    name, children = names[0], module._modules
+    a, b = children["lora_A"]._modules[name], children["lora_B"]._modules[name]
+    return Adapter(a._parameters["weight"], b._parameters["weight"], float(module.scaling[name]))
 
 
 def _active(module: Any) -> list[str]:
@@ -128,8 +129,8 @@ def _lora_refusal(module: Any, training: bool) -> str:
         return "merged adapters"
     if len(_chosen(module)) > 1:
         return "several active adapters"
-    for name in children["lora_A"]._modules:
-        a, b, dropout = (children[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    for name, a in children["lora_A"]._modules.items():
+        b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
         if name in module.lora_variant:
             return "a variant of LoRA such as DoRA"
         if type(a) is not nn.Linear or type(b) is not nn.Linear:
@@ -151,9 +152,10 @@ def bound_by_others(module: nn.Module) -> bool:
 
 def touched(module: nn.Module) -> str:
     """Why its own call has to run, "" where nothing was added to its class's forward."""
-    if "forward" in vars(module) and bound_by_others(module):
+    own = vars(module)
+    if "forward" in own and bound_by_others(module):
         return "a forward bound by others"
-    return "hooks" if has_hooks(module) else ""
+    return "hooks" if own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]] else ""
 
 
 def has_hooks(module: nn.Module) -> bool:

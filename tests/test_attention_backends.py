@@ -312,6 +312,18 @@ def test_segments_cut_into_several_calls_give_the_same(
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-13)
 
 
+def test_gradients_of_a_whole_row_are_not_copied_into_zeros() -> None:
+    segments = segments_of(RAGGED)
+    inputs = projections(sum(segments.query_lengths), (4, 2), torch.float32, 16, 16)
+    result = attention_backends._by_flash_kernels(*inputs, segments, lambda query, key, value, call: query)
+    names, node = [], result.grad_fn
+    while node is not None:
+        names.append(node.name())
+        node = node.next_functions[0][0] if node.next_functions else None
+    assert names[-1] == "torch::autograd::AccumulateGrad"
+    assert not any("Slice" in name or "Select" in name or "Index" in name for name in names)
+
+
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize(

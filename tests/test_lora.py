@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -363,13 +364,14 @@ def kept(compute: Callable[[], object], parameters: list[Tensor]) -> dict[int, i
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("base", BASES)
-def test_only_x_gate_up_and_the_low_rank_products_are_kept(dtype: torch.dtype, base: str) -> None:
-    x = random(N, D, seed=5, dtype=dtype).requires_grad_()
-    low = N * 4 * dtype.itemsize
+def test_only_x_gate_up_the_low_rank_products_and_factors_made_for_them_are_kept(dtype: torch.dtype, base: str) -> None:
+    """Factors that had to be stacked, or cast to the dtype of x: all but those of a single adapter in that dtype."""
+    x, cast = random(N, D, seed=5, dtype=dtype).requires_grad_(), dtype != torch.float32
+    wide, low, a, b = (rows * dtype.itemsize for rows in (N * I, N * 4, 4 * D, 4 * I))
     expected = {
-        "linear": [x.nbytes, low],
-        "qkv": [x.nbytes, 3 * low],
-        "mlp": [x.nbytes, N * I * dtype.itemsize, N * I * dtype.itemsize, 2 * low, low],
+        "linear": [x.nbytes, low, *[a, b] * cast],
+        "qkv": [x.nbytes, 3 * low, 3 * a, *[a, a // 2, a // 2] * cast],
+        "mlp": [x.nbytes, wide, wide, 2 * low, low, 2 * a, *[b, b, b, a] * cast],
     }
     for function, sizes in expected.items():
         projections = made(function, base=base, dtype=dtype, bias=True)
@@ -530,6 +532,33 @@ def test_only_16_bit_factors_ask_a_gpu_for_sums_in_fp32(dtype: torch.dtype, monk
         left, right = (torch.empty(shape, dtype=dtype, device="cuda") for shape in ((4, 8), (8, 2)))
         assert _product(left, right, torch.float32).dtype == torch.float32
     assert asked == ([torch.float32] if dtype == torch.bfloat16 else [])
+
+
+class Counted(TorchDispatchMode):
+    """Operations by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.name().split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_block_asks_for_each_product_once_and_casts_and_stacks_each_factor_once_for_both_ways() -> None:
+    """Operations under autocast in bf16, with adapters in fp32; a GPU launches each of them."""
+    parts = [(function, made(function, dtype=torch.bfloat16)) for function in ("qkv", "linear", "mlp")]
+    x = random(N, D, seed=5, dtype=torch.bfloat16).requires_grad_()
+    with Counted() as counted, torch.autocast("cpu", torch.bfloat16):
+        outputs = [y for function, projections in parts for y in call(function, x, projections)]
+    forward, casts = counted.names["mm"] + counted.names["addmm_"], counted.names["_to_copy"]
+    with counted:
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+    both = counted.names["mm"] + counted.names["addmm_"]
+    assert (forward, both - forward) == (4 + 7 + 7, 7 + 4 + 7 + 4 + 7)  # u, W, u B; dU, dA, dB, dU A, dY W
+    assert counted.names["cat"] == 2  # the A's of q, k and v, and of gate and up
+    assert (casts, counted.names["_to_copy"] - casts) == (4 + 7, 4 + 7)  # A, B; dA, dB, which a GPU's products cast
 
 
 # ---- among torch's other ways

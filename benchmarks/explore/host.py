@@ -43,6 +43,7 @@ HALF_B = Model("qwen2.5-0.5b", "Qwen2.5-0.5B's shape", "qwen2", 151_936, 896, 48
 SHAPES = (MODELS["llama-3.1-8b"], MODELS["llama-3.2-1b"], HALF_B)
 TINY = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256}
 TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+IDLE = ("aten::detach", "aten::alias", "aten::promote_types")
 PAIRS = [TokenPair([1] * 4, [2] * 4, [3] * 4)] * 8
 MFU = 0.5
 
@@ -126,13 +127,15 @@ def seconds_of_product(device: Device, times: int = 1000) -> float:
 
 
 class Counted(TorchDispatchMode):
-    """Counts operations that compute or copy, and products among them; views and allocations launch nothing."""
+    """Counts operations that compute or copy, and products among them; views, allocations and questions of dtypes
+    launch nothing.
+    """
 
     count = products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
-        self.count += not (func.is_view or "empty" in name or name in ("aten::detach", "aten::alias"))
+        self.count += not (func.is_view or "empty" in name or name in IDLE)
         self.products += "mm" in name
         return func(*args, **(kwargs or {}))
 

@@ -8,9 +8,10 @@
 Plain autograd over peft's layers keeps, for each adapter, a copy of x in the adapter's dtype and what comes after its
 scaling, and for a MLP act(gate), h and a cast of it as well. Kept here: x, the (N, r) products u, and gate and up of a
 MLP; the backward makes h again. For the MLP of an 8B model (I=14336, D=4096) at N=8192 that are 537 MB of bf16, plus
-0.3 MB for each adapter of rank 16. What else is as wide as a MLP (h, dh, dup) is there for `launch.MLP_ROWS` rows at a
-time. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way, for a MLP once each way and
-`launch.MLP_ROWS` rows, and only one is there at a time.
+0.3 MB for each adapter of rank 16. Factors that had to be stacked, or cast to the dtype of x, are kept as they were
+multiplied with: 2.6 MB of bf16 a block of such a model. What else is as wide as a MLP (h, dh, dup) is there for
+`launch.MLP_ROWS` rows at a time. Weights are never kept: a 4-bit one is dequantised into `nf4.scratch` once each way,
+for a MLP once each way and `launch.MLP_ROWS` rows, and only one is there at a time.
 
 Products are cuBLAS's. Which of them are joined, by what they read and write at N=8192, I=O=4096, r=16 in bf16 (x and y
 67 MB each, 16 us on an H200; unmeasured):
@@ -36,13 +37,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from fastdpo_kernels import launch, nf4
 from fastdpo_kernels.glu import glu_backward, glu_forward
@@ -101,9 +103,12 @@ def lora_mlp(
     rows, factors = _rows(x), _factors(projections.values())
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *factors))
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        count = math.ceil(rows.shape[0] / launch.MLP_ROWS)
+        with torch.no_grad():
+            cast = *_in_dtype(factors[4:], rows.dtype), *_in_dtype(factors[:4], rows.dtype)
         parts = [
-            _Mlp.apply(part, tuple(projections.values()), activation, keep, *factors)
-            for part in rows.chunk(max(1, math.ceil(len(rows) / launch.MLP_ROWS)))
+            _Mlp.apply(part, tuple(projections.values()), activation, keep, cast, *factors)
+            for part in (rows.chunk(count) if count > 1 else [rows])  # the gradient of chunks is a copy
         ]
         y = parts[0] if len(parts) == 1 else torch.cat(parts)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -184,9 +189,10 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: tuple[Projection, ...], *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        outputs, low = _forward(x, projections, factors)
+        stack, *bs = _in_dtype(factors, x.dtype)
+        outputs, low = _forward(x, projections, stack, bs)
         needs = ctx.needs_input_grad[2:]
-        ctx.save_for_backward(x if any(needs[0::2]) else None, low if any(needs[1::2]) else None, *factors)
+        ctx.save_for_backward(x if any(needs[0::2]) else None, low if any(needs[1::2]) else None, stack, *bs)
         ctx.projections, ctx.versions = projections, _versions(projections)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -194,13 +200,13 @@ class _Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, low, *factors = ctx.saved_tensors
+        x, low, stack, *bs = ctx.saved_tensors
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
-            return None, None, *[None] * len(factors)
+            return (None,) * len(ctx.needs_input_grad)
         _check_versions(ctx.projections, ctx.versions)
         with torch.autocast(given.device.type, enabled=False), torch.cuda.device_of(given):
-            return _backward(grads, x, low, ctx.projections, factors, ctx.needs_input_grad)
+            return _backward(grads, x, low, ctx.projections, stack, bs, ctx.needs_input_grad)
 
 
 def _backward(
@@ -208,37 +214,41 @@ def _backward(
     x: Tensor | None,
     low: Tensor | None,
     projections: Sequence[Projection],
-    factors: Factors,
+    stack: Tensor | None,
+    bs: Factors,
     needs: Sequence[bool],  # of x, projections, factors
 ) -> tuple[Tensor | None, ...]:
     """-> gradients of the function's arguments."""
     grads = [None if grad is None else grad.contiguous() for grad in grads]
-    grad_low = _grad_low(grads, projections, factors)
-    of_factors = _factor_gradients(grads, x, low, grad_low, projections, factors, needs[2:])
-    grad_x = _input_gradient(grads, grad_low, projections, factors) if needs[0] else None
+    grad_low = _grad_low(grads, projections, bs)
+    of_factors = _factor_gradients(grads, x, low, grad_low, projections, needs[2:])
+    grad_x = _input_gradient(grads, grad_low, projections, stack) if needs[0] else None
     return grad_x, None, *of_factors
 
 
-def _forward(x: Tensor, projections: Sequence[Projection], factors: Factors) -> tuple[list[Tensor], Tensor | None]:
+def _forward(
+    x: Tensor, projections: Sequence[Projection], stack: Tensor | None, bs: Factors
+) -> tuple[list[Tensor], Tensor | None]:
     """-> y (N, O) of each, and u (N, R) of all that have an adapter."""
-    stacked, outputs = _stacked(factors, x.dtype), []
-    low = None if stacked is None else x @ stacked.T
-    for projection, part, b in zip(projections, _parts(low, factors), factors[1::2], strict=True):
+    low, outputs = None if stack is None else linear(x, stack), []
+    for projection, part, b in zip(projections, _parts(low, projections), bs, strict=True):
         bias = projection.bias
         with _dense(projection.weight, x.dtype) as weight:
-            y = x @ weight.T if bias is None else torch.addmm(bias.to(x.dtype), x, weight.T)
+            y = linear(x, weight, None if bias is None else bias.to(x.dtype))
         if part is not None and b is not None and projection.adapter is not None:
-            y.addmm_(part, b.to(x.dtype).T, alpha=projection.adapter.scaling)
+            y.addmm_(part, b.T, alpha=projection.adapter.scaling)
         outputs.append(y)
     return outputs, low
 
 
+def _dense(weight: Tensor | nf4.Packed, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
+    """(O, I) in this dtype."""
+    return nullcontext(weight) if isinstance(weight, Tensor) and weight.dtype == dtype else _in_scratch(weight, dtype)
+
+
 @contextmanager
-def _dense(weight: Tensor | nf4.Packed, dtype: torch.dtype) -> Iterator[Tensor]:
-    """(O, I); what is not there in this dtype lies in the scratch buffer, which is no other thread's meanwhile."""
-    if isinstance(weight, Tensor) and weight.dtype == dtype:
-        yield weight.detach()
-        return
+def _in_scratch(weight: Tensor | nf4.Packed, dtype: torch.dtype) -> Iterator[Tensor]:
+    """In a buffer that is no other thread's meanwhile."""
     rows, columns = weight.shape
     with nf4.scratch_lock:
         out = nf4.scratch(rows * columns, dtype, weight.data.device).view(rows, columns)
@@ -246,31 +256,30 @@ def _dense(weight: Tensor | nf4.Packed, dtype: torch.dtype) -> Iterator[Tensor]:
         yield nf4.dequantize(weight, dtype, out=out) if packed else out.copy_(weight.detach())
 
 
-def _stacked(factors: Factors, dtype: torch.dtype) -> Tensor | None:
-    """(R, I), the A's one below the other"""
-    found = [a.detach() for a in factors[0::2] if a is not None]
-    if not found:
-        return None
-    return (found[0] if len(found) == 1 else torch.cat(found)).to(dtype)
+def _in_dtype(factors: Factors, dtype: torch.dtype) -> list[Tensor | None]:
+    """The A's one below the other, (R, I), and each B."""
+    found = [a for a in factors[0::2] if a is not None]
+    stack = None if not found else found[0] if len(found) == 1 else torch.cat(found)
+    return [None if factor is None else factor.to(dtype) for factor in (stack, *factors[1::2])]
 
 
-def _parts(stack: Tensor | None, factors: Factors, dim: int = 1) -> list[Tensor | None]:
+def _parts(stack: Tensor | None, projections: Sequence[Projection], dim: int = 1) -> Factors:
     """Of something that has R entries along `dim`, each adapter's part; None where there is no adapter."""
-    if stack is None:
-        return [None] * (len(factors) // 2)
-    parts = iter(stack.split([len(a) for a in factors[0::2] if a is not None], dim))
-    return [None if a is None else next(parts) for a in factors[0::2]]
+    if stack is None or len(projections) == 1:
+        return [stack] * len(projections)
+    adapters = [projection.adapter for projection in projections]
+    parts = stack.split_with_sizes([0 if one is None else one.a.shape[0] for one in adapters], dim)
+    return [None if one is None else part for one, part in zip(adapters, parts, strict=True)]
 
 
-def _grad_low(grads: Sequence[Tensor | None], projections: Sequence[Projection], factors: Factors) -> Tensor | None:
+def _grad_low(grads: Factors, projections: Sequence[Projection], bs: Factors) -> Tensor | None:
     """dU (N, R)"""
-    ranks = sum(len(a) for a in factors[0::2] if a is not None)
-    given = next(grad for grad in grads if grad is not None)
+    ranks = [b.shape[1] for b in bs if b is not None]
     if not ranks:
         return None
-    grad_low = given.new_empty(len(given), ranks)
-    parts = _parts(grad_low, factors)
-    for grad, part, b, projection in zip(grads, parts, factors[1::2], projections, strict=True):
+    given = next(grad for grad in grads if grad is not None)
+    grad_low = given.new_empty(given.shape[0], sum(ranks))
+    for grad, part, b, projection in zip(grads, _parts(grad_low, projections), bs, projections, strict=True):
         if part is None or b is None or projection.adapter is None:
             continue
         if grad is None:
@@ -281,14 +290,10 @@ def _grad_low(grads: Sequence[Tensor | None], projections: Sequence[Projection],
 
 
 def _input_gradient(
-    grads: Sequence[Tensor | None], grad_low: Tensor | None, projections: Sequence[Projection], factors: Factors
+    grads: Factors, grad_low: Tensor | None, projections: Sequence[Projection], stack: Tensor | None
 ) -> Tensor | None:
     """dX (N, I)"""
-    total: Tensor | None = None
-    if grad_low is not None:
-        stacked = _stacked(factors, grad_low.dtype)
-        assert stacked is not None
-        total = grad_low @ stacked
+    total = None if grad_low is None or stack is None else grad_low @ stack.to(grad_low.dtype)
     for grad, projection in zip(grads, projections, strict=True):
         if grad is not None:
             with _dense(projection.weight, grad.dtype) as weight:
@@ -297,26 +302,25 @@ def _input_gradient(
 
 
 def _factor_gradients(
-    grads: Sequence[Tensor | None],
+    grads: Factors,
     x: Tensor | None,
     low: Tensor | None,
     grad_low: Tensor | None,
     projections: Sequence[Projection],
-    factors: Factors,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """dA, dB of each projection, where they are needed."""
-    found: list[Tensor | None] = [None] * len(factors)
+    adapters = [projection.adapter for projection in projections]
+    found: list[Tensor | None] = [None] * len(needs)
     if x is not None and grad_low is not None:
-        dtypes = [a.dtype for a in factors[0::2] if a is not None]
+        dtypes = [one.a.dtype for one in adapters if one is not None]
         of_all = _product(grad_low.T, x, max(dtypes, key=lambda dtype: dtype.itemsize))
-        for place, (a, part) in enumerate(zip(factors[0::2], _parts(of_all, factors, dim=0), strict=True)):
-            if a is not None and part is not None and needs[2 * place]:
-                found[2 * place] = part.to(a.dtype)
-    for place, (grad, part) in enumerate(zip(grads, _parts(low, factors), strict=True)):
-        b, adapter = factors[2 * place + 1], projections[place].adapter
-        if grad is not None and part is not None and b is not None and adapter and needs[2 * place + 1]:
-            found[2 * place + 1] = _product(grad.T, part, b.dtype, adapter.scaling)
+        for place, (one, part) in enumerate(zip(adapters, _parts(of_all, projections, dim=0), strict=True)):
+            if one is not None and part is not None and needs[2 * place]:
+                found[2 * place] = part.to(one.a.dtype)
+    for place, (one, grad, part) in enumerate(zip(adapters, grads, _parts(low, projections), strict=True)):
+        if one is not None and grad is not None and part is not None and needs[2 * place + 1]:
+            found[2 * place + 1] = _product(grad.T, part, one.b.dtype, one.scaling)
     return found
 
 
@@ -337,35 +341,42 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype, scale: float = 1.0
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, projections: tuple[Projection, ...], activation: str, keep: bool, *factors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        projections: tuple[Projection, ...],
+        activation: str,
+        keep: bool,
+        cast: Factors,  # A and B of down, and what gate and up have in common, as they are multiplied with
+        *factors: Tensor | None,
     ) -> Tensor:
-        (gate, up), low = _forward(x, projections[:2], factors[:4])
+        down_a, down_b, stack, *bs = cast
+        (gate, up), low = _forward(x, projections[:2], stack, bs)
         h = glu_forward(gate, up, activation)
         if not keep:
             del gate, up
-        ((y,), down_low) = _forward(h, projections[2:], factors[4:])
+        ((y,), down_low) = _forward(h, projections[2:], down_a, [down_b])
         if keep:
-            of_a, of_b = ctx.needs_input_grad[4::2], ctx.needs_input_grad[5::2]
+            of_a, of_b = ctx.needs_input_grad[5::2], ctx.needs_input_grad[6::2]
             kept = x if any(of_a[:2]) else None, low if any(of_b[:2]) else None, down_low if of_b[2] else None
-            ctx.save_for_backward(gate, up, *kept, *factors)
+            ctx.save_for_backward(gate, up, *kept, *cast)
         ctx.projections, ctx.versions, ctx.activation = projections, _versions(projections), activation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, x, low, down_low, *factors = ctx.saved_tensors
-        first, down, needs = ctx.projections[:2], ctx.projections[2:], ctx.needs_input_grad[4:]
+        gate, up, x, low, down_low, down_a, down_b, stack, *bs = ctx.saved_tensors
+        first, down, needs = ctx.projections[:2], ctx.projections[2:], ctx.needs_input_grad[5:]
         _check_versions(ctx.projections, ctx.versions)
         with torch.autocast(grad.device.type, enabled=False), torch.cuda.device_of(grad):
             grad = grad.contiguous()
-            grad_low = _grad_low([grad], down, factors[4:])
-            grad_h = _input_gradient([grad], grad_low, down, factors[4:])
+            grad_low = _grad_low([grad], down, [down_b])
+            grad_h = _input_gradient([grad], grad_low, down, down_a)
             assert grad_h is not None
             into = grad_h, None, None  # dgate takes its place: one (N, I) less
             *grads, h = glu_backward(grad_h, gate, up, ctx.activation, with_h=needs[4], into=into)
-            of_down = _factor_gradients([grad], h, down_low, grad_low, down, factors[4:], needs[4:])
+            of_down = _factor_gradients([grad], h, down_low, grad_low, down, needs[4:])
             del h, grad_h
             wanted = ctx.needs_input_grad[0], False, *needs[:4]
-            grad_x, _, *of_first = _backward(grads, x, low, first, factors[:4], wanted)
-        return grad_x, None, None, None, *of_first, *of_down
+            grad_x, _, *of_first = _backward(grads, x, low, first, stack, bs, wanted)
+        return grad_x, None, None, None, None, *of_first, *of_down
