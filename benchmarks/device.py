@@ -129,6 +129,13 @@ class Device:
     notes: tuple[str, ...]  # of its table alone
     kernels: KernelBench
 
+    def found(self) -> dict[str, Any] | None:
+        """`find`, which says so where there is no such device."""
+        machine = self.find()
+        if machine is None:
+            print(f"skipped: no {self.name.upper()} device that torch can use")
+        return machine
+
 
 def _nothing() -> None:
     pass

@@ -20,8 +20,7 @@ OPS = ("pair_loss", "nf4", "blocks", "lora", "linear_logps")  # files bench_*.py
 def main(options: Namespace) -> int:
     """pytest's exit code; what it had measured is in the file even where it failed."""
     device = DEVICES[options.device]
-    if device.find() is None:
-        print(f"skipped: no {device.name.upper()} device that torch can use")
+    if device.found() is None:
         return 0
     output = options.output.resolve()
     output.unlink(missing_ok=True)

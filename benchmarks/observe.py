@@ -56,10 +56,7 @@ def replaced(owner: Any, name: str, wrap: Callable[[Any], Any]) -> Iterator[None
 
 def described(options: Namespace, benchmark: str) -> dict[str, Any] | None:
     """What a result file begins with; None, said so, where there is no such device."""
-    device = DEVICES[options.device]
-    machine = device.find()
-    if machine is None:
-        print(f"skipped: no {device.name.upper()} device that torch can use")
+    if (machine := DEVICES[options.device].found()) is None:
         return None
     print(f"{benchmark} of {options.model}, {options.profile}, {options.pairs} pairs ...", file=sys.stderr, flush=True)
     named = {name: getattr(options, name) for name in ("device", "model", "profile")}

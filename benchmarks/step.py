@@ -142,9 +142,7 @@ def halvings(batch: int) -> list[int]:
 def main(options: Namespace) -> int:
     """Runs everything, writes the JSON, prints the table; 1 where a curve differs or fastdpo fails."""
     device = DEVICES[options.device]
-    machine = device.find()
-    if machine is None:
-        print(f"skipped: no {device.name.upper()} device that torch can use")
+    if (machine := device.found()) is None:
         return 0
     try:
         result = measure(options, device, machine)

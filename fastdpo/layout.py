@@ -49,10 +49,6 @@ class Layout:
     make: Collation | None = None  # of models that take neither
     shared: bool = False  # packed: pairs share what they begin alike with, too
 
-    @property
-    def least_shared(self) -> int | None:
-        return LEAST_SHARED if self.shared else None
-
     def collate(self, pairs: Sequence[TokenPair], keys: Sequence[bytes] = ()) -> PreferenceBatch:
         if self.make is not None:
             return self.make(pairs, keys)
@@ -61,7 +57,9 @@ class Layout:
                 "the trainer was built with rows of text alone, and these show images: give it a train_dataset or an "
                 "eval_dataset that has some"
             )
-        return pack(pairs, keys, self.least_shared) if self.packed else pad(pairs, keys, self.pad_token_id)
+        if self.packed:
+            return pack(pairs, keys, LEAST_SHARED if self.shared else None)
+        return pad(pairs, keys, self.pad_token_id)
 
     def empty(self) -> PreferenceBatch:
         """Without pairs, for a process that takes part in what others do."""

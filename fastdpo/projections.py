@@ -152,10 +152,9 @@ def bound_by_others(module: nn.Module) -> bool:
 
 def touched(module: nn.Module) -> str:
     """Why its own call has to run, "" where nothing was added to its class's forward."""
-    own = vars(module)
-    if "forward" in own and bound_by_others(module):
+    if "forward" in vars(module) and bound_by_others(module):
         return "a forward bound by others"
-    return "hooks" if own[_HOOKS[0]] or own[_HOOKS[1]] or own[_HOOKS[2]] or own[_HOOKS[3]] else ""
+    return "hooks" if has_hooks(module) else ""
 
 
 def has_hooks(module: nn.Module) -> bool:

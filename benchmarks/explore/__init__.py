@@ -24,9 +24,7 @@ def main(options: Namespace) -> int:
     import torch
 
     device = DEVICES[options.device]
-    machine = device.find()
-    if machine is None:
-        print(f"skipped: no {device.name.upper()} device that torch can use")
+    if (machine := device.found()) is None:
         return 0
     torch.set_num_threads(options.threads)
     origin = provenance(machine, options.threads, PACKAGES, options.commit)
