@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory_table, picture, workload
+from benchmarks.apart import RunFailed, run_environment
 from benchmarks.device import DEVICES, ROOT, Device
 from benchmarks.memory_table import CONTEXT, GiB, pair
 from benchmarks.models import MODELS, quantised
 from benchmarks.provenance import provenance, save
 from benchmarks.quantised import QuantisedWeights
 from benchmarks.run import LORA_RANK, TRAINERS, RunSpec, common_settings, lora
-from benchmarks.step import RunFailed, run_environment
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
 FITS, FULL, FAILED, DIED, LATE = "fits", "out of memory", "failed", "died", "ended by its time"

@@ -8,15 +8,10 @@ depends on the device stands in device.py.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import re
 import subprocess
 import sys
-import tempfile
-import time
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,17 +19,18 @@ from statistics import median
 from typing import Any
 
 from benchmarks import flops, workload
+from benchmarks.apart import NO_TIME, Clock, RunFailed, in_own_process, run_environment
 from benchmarks.device import DEVICES, ROOT, Device, Tolerances
 from benchmarks.models import MODELS, Model
 from benchmarks.provenance import provenance, save
 from benchmarks.run import RunResult, RunSpec
 from benchmarks.table import LATER, render, span_in_words
+from benchmarks.trl_settings import fastest, installed, search_tuned, tuned_spec
 from benchmarks.workload import PROFILES
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 GPU_PACKAGES = ("triton", "liger-kernel", "unsloth", "flash-attn")
 LEANEST = {"gradient_checkpointing": True, "max_tokens_per_microbatch": 2048}
-NO_TIME = "not run: the time for all of them was used up"
 LN2 = math.log(2)
 
 
@@ -44,26 +40,6 @@ class CurvesDiffer(RuntimeError):
     @property
     def line(self) -> str:
         return str(self).splitlines()[0]
-
-
-class RunFailed(RuntimeError):
-    """A run left no result; `line` says why: the last one it wrote that names an error, as CUDA's go on after that."""
-
-    def __init__(self, name: str, what: str, output: str = "") -> None:
-        super().__init__(f"the run of {name} {what}" + (f": {output[-3000:]}" if output else ""))
-        lines = output.strip().splitlines()
-        self.line = ([line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines or [what])[-1]
-
-
-class Clock:
-    """The time that all runs together may take, and one of them."""
-
-    def __init__(self, seconds: float | None, one_run: float | None) -> None:
-        self.started, self.seconds, self.one_run = time.monotonic(), seconds or math.inf, one_run or math.inf
-
-    def left(self, share: float = 1.0) -> float:
-        """Seconds for a run that begins now, when runs like it may take up `share` of the time."""
-        return min(self.one_run, share * self.seconds - (time.monotonic() - self.started))
 
 
 def configurations(
@@ -98,45 +74,6 @@ def configurations(
         without["Unsloth"] = "not run: its recipe here is LoRA's"
     named = {name: specs[name] for name in device.contenders}
     return named, {name: why for name, why in without.items() if name in named}
-
-
-def installed(package: str, site: Path | None = None) -> bool:
-    """Whether it can be imported, without doing so: this process imports no torch."""
-    return bool(site and (site / package).is_dir()) or importlib.util.find_spec(package) is not None
-
-
-def tuned_spec(base: RunSpec, device: Device, machine: dict[str, Any]) -> RunSpec:
-    """TRL tuned where nothing is searched: checkpointing off, the device's way of running the reference, rows sorted
-    by length, micro-batches of a size that was measured, or that memory has room for.
-    """
-    spec = replace(base, trainer="trl", longest_first=True)
-    pairs = min(device.tuned_micro_batch or _pairs_with_room(spec, machine), base.batch)
-    return replace(spec, settings=split_settings(base.batch, pairs, device.tuned_precompute))
-
-
-def split_settings(batch: int, micro_batch: int, precompute: bool) -> dict[str, Any]:
-    return {
-        "gradient_checkpointing": False,
-        "precompute_ref_log_probs": precompute,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": batch // micro_batch,
-    }
-
-
-def _pairs_with_room(spec: RunSpec, machine: dict[str, Any]) -> int:
-    """The largest halving of the batch whose longest micro-batch fits: by count, a layer of bf16 keeps 12 rows of the
-    hidden size and 5 of the MLP's a token, and 60% of what weights leave is to hold them.
-    """
-    model, lengths = MODELS[spec.model], spec.lengths
-    kept = 2 * model.num_hidden_layers * (12 * model.hidden_size + 5 * model.intermediate_size)
-    room = 0.6 * (machine["gpu_memory"] - model.weight_bytes)
-    longest = max(pair.prompt + max(pair.chosen, pair.rejected) for pair in lengths)
-    return next((size for size in halvings(spec.batch) if 2 * size * longest * kept <= room), 1)
-
-
-def halvings(batch: int) -> list[int]:
-    """8, 4, 2, 1: numbers of pairs that split a batch of 8 evenly."""
-    return [size for size in (batch >> shift for shift in range(batch.bit_length())) if size and batch % size == 0]
 
 
 def main(options: Namespace) -> int:
@@ -250,48 +187,6 @@ def timed_runs(
     return runs, differ
 
 
-def search_tuned(tuned: RunSpec, device: Device, clock: Clock) -> list[dict[str, Any]]:
-    """Seconds of TRL's first epoch with the settings that were tried, or why they failed: sizes of a micro-batch, then
-    with the fastest the reference ahead or online, FlashAttention and Liger where installed, and checkpointing.
-
-    Half of the time there is may go to it.
-    """
-    found: list[dict[str, Any]] = []
-
-    def attempt(settings: dict[str, Any], attention: str | None = None) -> None:
-        spec = replace(tuned, settings=settings, attention=attention, stop_after=1)
-        name = f"TRL with {settings}" + (f", {attention}" if attention else "")
-        row: dict[str, Any] = {"settings": settings, "attention": attention}
-        try:
-            result = in_own_process(name, spec, clock, share=0.5)
-            row |= {"epochs": len(result.seconds) - 1, "seconds": result.seconds[-1], "before": result.seconds[0]}
-            row["peak_memory"] = result.peak_memory
-        except RunFailed as error:
-            row["failed"] = error.line
-        found.append(row)
-
-    first = tuned.micro_batch
-    near = [first, 2 * first, first // 2] if device.tuned_micro_batch is None else halvings(tuned.batch)
-    for size in near:
-        if size in halvings(tuned.batch):
-            attempt(split_settings(tuned.batch, size, device.tuned_precompute))
-    if best := fastest(found):
-        other = not best["settings"]["precompute_ref_log_probs"]
-        attempt({**best["settings"], "precompute_ref_log_probs": other})
-    if installed("flash_attn") and (best := fastest(found)):
-        attempt(best["settings"], "flash_attention_2")
-    if device.head_skips_rows and installed("liger_kernel") and (best := fastest(found)):
-        attempt({**best["settings"], "use_liger_kernel": True}, best["attention"])
-    if device.head_skips_rows:
-        attempt({**split_settings(tuned.batch, tuned.batch, False), "gradient_checkpointing": True})
-    return found
-
-
-def fastest(tuning: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the settings that ran."""
-    return min((row for row in tuning if "seconds" in row), key=lambda row: row["seconds"], default=None)
-
-
 def peak_rate(device: Device, machine: dict[str, Any], threads: int) -> dict[str, Any]:
     """FLOP/s that MFU is a share of: what a large product is known to reach on this GPU, else what it reaches now."""
     gpu, rate, _ = device.kernels.expected or (None, 0.0, 0.0)
@@ -305,51 +200,6 @@ def peak_rate(device: Device, machine: dict[str, Any], threads: int) -> dict[str
         "flops": json.loads(done.stdout)["flops"],
         "how": f"a large {device.dtype} product, measured before the runs",
     }
-
-
-def in_own_process(name: str, spec: RunSpec, clock: Clock, note: str = "", share: float = 1.0) -> RunResult:
-    """One run in a fresh interpreter. This process imports no torch: a child starts with its parent's peak memory."""
-    print(f"{name}{note} ...", end=" ", file=sys.stderr, flush=True)
-    try:
-        result = _run_apart(name, spec, clock.left(share))
-    except RunFailed as error:
-        print(f"failed: {error.line}", file=sys.stderr, flush=True)
-        raise
-    print(f"{result.seconds[-1]:.1f} s, {result.peak_memory / 2**20:.0f} MiB", file=sys.stderr, flush=True)
-    return result
-
-
-def run_environment(device: Device, threads: int, site: str = "") -> dict[str, str]:
-    paths = [site] * bool(site) + [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **device.environment,
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-
-
-def _run_apart(name: str, spec: RunSpec, seconds: float) -> RunResult:
-    if seconds <= 0:
-        raise RunFailed(name, NO_TIME)
-    environment = run_environment(DEVICES[spec.device], spec.threads, spec.site)
-    with tempfile.TemporaryDirectory() as folder:
-        spec_file, result_file = Path(folder, "spec.json"), Path(folder, "result.json")
-        spec_file.write_text(json.dumps(asdict(spec)))
-        command = [sys.executable, "-m", "benchmarks.run", str(spec_file), str(result_file)]
-        options: Any = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-        try:
-            done = subprocess.run(command, timeout=None if math.isinf(seconds) else seconds, **options)
-        except subprocess.TimeoutExpired:
-            raise RunFailed(name, f"took longer than {seconds:.3g} s") from None
-        if done.returncode:
-            raise RunFailed(name, f"ended with {done.returncode}", done.stderr)
-        return RunResult(**json.loads(result_file.read_text()))
 
 
 def check_curves(name: str, run: RunResult, reference: RunResult, allowed: Tolerances) -> None:

@@ -109,7 +109,8 @@ def _runs(result: dict[str, Any]) -> str:
     quantities = ("pairs/s", "tokens/s", "GFLOP/pair", "MFU %")
     header = ["", "s before training", *(f"{what}, {span_in_words(s)}" for what in quantities for s in spans)]
     formula = [_giga(value) for value in result["formula_flops_per_pair"].values()]
-    rows.append(["fastdpo, by formula", "", *[""] * 2 * len(spans), *formula, *[""] * len(spans), "", ""])
+    packed = "fastdpo" if MODELS[result["model"]].packs else "fastdpo, if it packed"
+    rows.append([f"{packed}, by formula", "", *[""] * 2 * len(spans), *formula, *[""] * len(spans), "", ""])
     return _without_empty_columns([*header, "peak MiB", "added MiB"], rows)
 
 

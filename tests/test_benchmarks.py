@@ -27,6 +27,7 @@ sys.path.append(str(ROOT))  # plain `pytest` finds tests/ only
 from benchmarks import __main__ as command_line  # noqa: E402
 from benchmarks import (  # noqa: E402
     adapters,
+    apart,
     bench_linear_logps,
     bench_lora,
     bench_nf4,
@@ -45,6 +46,7 @@ from benchmarks import (  # noqa: E402
     step,
     table,
     trace,
+    trl_settings,
     turn,
     weights,
     workload,
@@ -216,7 +218,7 @@ def test_a_curve_of_fastdpo_that_nobody_shares_gives_no_number_at_all() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "in_own_process", lambda name, *_: ours if name == "fastdpo" else other)
         with pytest.raises(step.CurvesDiffer, match="TRL default: loss of step 2 is 0.6, fastdpo's is 0.5"):
-            step.timed_runs(specs, 1, ours, {}, step.Clock(None, None))
+            step.timed_runs(specs, 1, ours, {}, apart.Clock(None, None))
 
 
 @pytest.mark.parametrize("command", ["step", "parts", "trace", "kernels"])
@@ -288,20 +290,20 @@ SPEC = training.RunSpec("trl", "cpu", "20m", "hh-rlhf", 8, 1, 8)
 
 
 def test_a_run_beyond_its_limit_has_failed() -> None:
-    with pytest.raises(step.RunFailed, match=r"the run of TRL took longer than 0\.01 s") as caught:
-        step.in_own_process("TRL", SPEC, step.Clock(None, 0.01))
+    with pytest.raises(apart.RunFailed, match=r"the run of TRL took longer than 0\.01 s") as caught:
+        apart.in_own_process("TRL", SPEC, apart.Clock(None, 0.01))
     assert caught.value.line == "took longer than 0.01 s"
 
 
 def test_no_run_begins_after_the_time_of_all_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = step.Clock(100.0, 30.0)
+    clock = apart.Clock(100.0, 30.0)
     assert clock.left() == 30
-    monkeypatch.setattr(step.time, "monotonic", lambda: clock.started + 45)
+    monkeypatch.setattr(apart.time, "monotonic", lambda: clock.started + 45)
     assert clock.left() == 30 and clock.left(share=0.5) == 5
-    monkeypatch.setattr(step.time, "monotonic", lambda: clock.started + 101)
-    with pytest.raises(step.RunFailed, match="the time for all of them was used up"):
-        step.in_own_process("TRL", SPEC, clock)
-    assert step.Clock(None, None).left() == math.inf
+    monkeypatch.setattr(apart.time, "monotonic", lambda: clock.started + 101)
+    with pytest.raises(apart.RunFailed, match="the time for all of them was used up"):
+        apart.in_own_process("TRL", SPEC, clock)
+    assert apart.Clock(None, None).left() == math.inf
 
 
 def test_the_search_varies_the_fastest_split_and_keeps_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,21 +313,21 @@ def test_the_search_varies_the_fastest_split_and_keeps_what_failed(monkeypatch: 
     def run(name: str, spec: training.RunSpec, *_: Any, share: float) -> training.RunResult:
         tried.append(spec.settings)
         if spec.settings["per_device_train_batch_size"] == 8:
-            raise step.RunFailed(name, "", "torch.OutOfMemoryError: CUDA out of memory")
+            raise apart.RunFailed(name, "", "torch.OutOfMemoryError: CUDA out of memory")
         slow = spec.settings["per_device_train_batch_size"] + 3 * spec.settings["precompute_ref_log_probs"]
         return training.RunResult([0.0, slow - bool(spec.settings.get("use_liger_kernel"))], 0, [], 0, 1, [], [])
 
-    monkeypatch.setattr(step, "in_own_process", run)
-    monkeypatch.setattr(step, "installed", lambda package, site=None: package == "liger_kernel")
-    tuned = replace(SPEC, device="cuda", settings=step.split_settings(8, 4, False))
-    found = step.search_tuned(tuned, CUDA, step.Clock(None, None))
+    monkeypatch.setattr(trl_settings, "in_own_process", run)
+    monkeypatch.setattr(trl_settings, "installed", lambda package, site=None: package == "liger_kernel")
+    tuned = replace(SPEC, device="cuda", settings=trl_settings.split_settings(8, 4, False))
+    found = trl_settings.search_tuned(tuned, CUDA, apart.Clock(None, None))
     assert [settings["per_device_train_batch_size"] for settings in tried] == [4, 8, 2, 2, 2, 8]
     assert [settings["precompute_ref_log_probs"] for settings in tried] == [False, False, False, True, False, False]
     assert tried[-1]["gradient_checkpointing"] and tried[-1]["gradient_accumulation_steps"] == 1
-    best = step.fastest(found)
+    best = trl_settings.fastest(found)
     assert best is not None and best["settings"]["use_liger_kernel"] and best["seconds"] == 1
     assert [row["failed"] for row in found if "failed" in row] == ["torch.OutOfMemoryError: CUDA out of memory"] * 2
-    assert step.fastest([row for row in found if "failed" in row]) is None
+    assert trl_settings.fastest([row for row in found if "failed" in row]) is None
 
 
 @pytest.mark.parametrize(
@@ -334,10 +336,10 @@ def test_the_search_varies_the_fastest_split_and_keeps_what_failed(monkeypatch: 
 def test_untuned_micro_batches_are_what_memory_has_room_for(profile: str, pairs: int, micro_batch: int) -> None:
     base = training.RunSpec("fastdpo", "cuda", "llama-3.1-8b", profile, pairs, 2, 8)
     assert step.rows_for(CUDA, MODELS["llama-3.1-8b"], workload.PROFILES[profile], 8) == pairs
-    spec = step.tuned_spec(base, CUDA, {"gpu_memory": 141 * 2**30})
+    spec = trl_settings.tuned_spec(base, CUDA, {"gpu_memory": 141 * 2**30})
     assert spec.micro_batch == micro_batch and spec.longest_first and not spec.settings["gradient_checkpointing"]
     assert spec.micro_batch * spec.settings["gradient_accumulation_steps"] == 8
-    smaller = step.tuned_spec(base, CUDA, {"gpu_memory": 24 * 2**30})
+    smaller = trl_settings.tuned_spec(base, CUDA, {"gpu_memory": 24 * 2**30})
     assert smaller.micro_batch == 1
 
 
@@ -376,8 +378,9 @@ def test_an_error_of_several_lines_is_named_by_its_first() -> None:
     output = (
         "Traceback ...\ntorch.AcceleratorError: CUDA error: an illegal access\nCompile with `TORCH_USE_CUDA_DSA`.\n"
     )
-    assert step.RunFailed("TRL", "ended with 1", output).line == "torch.AcceleratorError: CUDA error: an illegal access"
-    assert step.RunFailed("TRL", "ended with -9").line == "ended with -9"  # killed without a word
+    line = "torch.AcceleratorError: CUDA error: an illegal access"
+    assert apart.RunFailed("TRL", "ended with 1", output).line == line
+    assert apart.RunFailed("TRL", "ended with -9").line == "ended with -9"  # killed without a word
 
 
 @pytest.mark.parametrize(
@@ -483,7 +486,7 @@ def test_formulas_agree_with_the_count_for_every_family(family: str, monkeypatch
     first, later = (flops.packed_flops(lengths, model, spec.lora_rank, on) for on in (True, False))
     assert counted[1] - counted[0] == pytest.approx(first, rel=1e-3)
     assert counted[2] - counted[1] == pytest.approx(later, rel=1e-3)
-    tuned = {**step.split_settings(2, 1, True)}
+    tuned = {**trl_settings.split_settings(2, 1, True)}
     # the last product of a block that trains is not run again, and the formula has it
     for settings in (tuned,) if full else ({}, tuned):
         theirs = replace(spec, trainer="trl", epochs=1, settings=settings, longest_first=bool(settings))
@@ -552,9 +555,9 @@ def test_both_trainers_run_the_gpus_recipe_alike(name: str, monkeypatch: pytest.
     monkeypatch.setitem(DEVICES, "cuda", on_a_cpu)
     monkeypatch.setitem(MODELS, name, replace(small(MODELS[name]), num_hidden_layers=2))
     base = training.RunSpec("fastdpo", "cuda", name, "hh-rlhf", pairs=16, epochs=2, batch=8, threads=1)
-    tuned = step.tuned_spec(base, on_a_cpu, {"gpu_memory": 2**37})
+    tuned = trl_settings.tuned_spec(base, on_a_cpu, {"gpu_memory": 2**37})
     assert tuned.micro_batch == 8
-    specs, _ = step.configurations(base, on_a_cpu, replace(tuned, settings=step.split_settings(8, 4, True)))
+    specs, _ = step.configurations(base, on_a_cpu, replace(tuned, settings=trl_settings.split_settings(8, 4, True)))
     contenders = ("fastdpo", "fastdpo leanest", "TRL default", "TRL tuned")
     curves = {who: training.run(replace(specs[who], longest_first=False)) for who in contenders}
     for who, curve in curves.items():
@@ -571,7 +574,7 @@ def test_in_4_bits_all_contenders_of_a_cpu_have_one_curve(monkeypatch: pytest.Mo
     monkeypatch.setattr(workload, "VOCABULARY", 300)
     monkeypatch.setitem(MODELS, "20m-nf4", small(MODELS["20m-nf4"]))
     base = replace(SPEC, trainer="fastdpo", model="20m-nf4", pairs=4, batch=2, threads=1)
-    specs, _ = step.configurations(base, CPU, step.tuned_spec(base, CPU, {}))
+    specs, _ = step.configurations(base, CPU, trl_settings.tuned_spec(base, CPU, {}))
     curves = {name: training.run(replace(spec, longest_first=False)) for name, spec in specs.items()}
     assert list(curves) == list(CPU.contenders)
     for name, curve in curves.items():
