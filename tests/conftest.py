@@ -15,11 +15,11 @@ if "triton" in sys.modules:
     raise RuntimeError("triton is imported before tests/conftest.py could choose between compiling and interpreting")
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where tests marked `kernels` put their tensors
-# The interpreter gets bf16 arithmetic wrong, so bf16 kernels are tested on a GPU only.
-KERNEL_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 # ruff: noqa: E402 (imports that may bring triton come after the choice)
 import gc
+import importlib.util
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -27,6 +27,11 @@ from typing import Any
 import pytest
 import tokenizers_for_tests
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+if KERNEL_DEVICE == "cpu" and importlib.util.find_spec("triton"):
+    import interpreted_bf16
+
+    interpreted_bf16.install()
 
 # `make test` hands whole files to several processes: those that take longest first, or one would end the run alone.
 LONGEST_FIRST = ("compile", "memory", "demo", "benchmarks", "compiled", "train", "losses_trained", "linear_logps")
