@@ -149,11 +149,14 @@ def longest_pair(folder: Path) -> str:
 
 
 def kernels(folder: Path) -> str:
-    """A GPU's, or until one is measured a CPU's, where they are plain torch."""
+    """A GPU's, or until one is measured a CPU's: plain torch, and only of what a run there takes."""
     for device in (CUDA, CPU):
         if results := kernel_results(device, folder):
             rows = [row for result in results for row in result["rows"]]
-            plain = "" if device is CUDA else "Plain torch on a CPU, where no Triton kernel runs. "
+            plain = ""
+            if device is CPU:
+                rows = [row for row in rows if row["op"] in ("linear_logps", "pair_loss")]
+                plain = "Plain torch on a CPU, where no Triton kernel runs and blocks stay the model's own. "
             return f"{front_table(rows, device)}\n\n{plain}{provenance(results)}\n"
     return "Not measured yet.\n"
 
