@@ -6,7 +6,6 @@ kernels; until then a CPU does, and says so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from benchmarks.device import CPU, CUDA
 from benchmarks.kernel_table import front_table
 from benchmarks.markdown import commit_in_words, machine_in_words, short_name, table
 from benchmarks.models import MODELS
+from benchmarks.provenance import load
 from benchmarks.table import in_order
 from benchmarks.table import kernels as kernel_results
 from benchmarks.workload import PROFILES
@@ -26,7 +26,7 @@ Result = dict[str, Any]
 
 
 def steps(folder: Path) -> list[Result]:
-    return [json.loads(file.read_text()) for file in in_order("step", folder)]
+    return [load(file) for file in in_order("step", folder)]
 
 
 def claim(folder: Path) -> str:
@@ -133,7 +133,7 @@ def longest_pair(folder: Path) -> str:
     file = file or next((file for file in found if file.name == memory_table.plan_file(memory_table.MODEL)), None)
     if file is None:
         return "Neither measured nor predicted yet (`python -m benchmarks memory`).\n"
-    result = json.loads(file.read_text())
+    result = load(file)
     image = picture.markdown(ADDRESS + file.stem, found[file][0])
     if not result["measured"]:
         return (

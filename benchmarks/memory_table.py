@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from benchmarks import picture
 from benchmarks.markdown import machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS, quantised
 from benchmarks.picture import Bar
+from benchmarks.provenance import load
 from benchmarks.workload import PROFILES, PairLengths
 
 RESULTS = Path(__file__).parent / "results"
@@ -153,7 +153,7 @@ def waiting_aims(folder: Path) -> list[list[str]]:
 
 def planned(folder: Path) -> str:
     """The memory plan beside what was measured, as its tests noted; "" where none has."""
-    record: dict[str, Any] = json.loads((folder / PLAN).read_text()) if (folder / PLAN).exists() else {"parts": []}
+    record: dict[str, Any] = load(folder / PLAN) if (folder / PLAN).exists() else {"parts": []}
     tests = [test for part in record["parts"] for test in part.get("tests", []) if RATIO in test["figures"]]
     if not tests:
         return ""
@@ -172,7 +172,7 @@ def planned(folder: Path) -> str:
 
 def predictions(folder: Path) -> str:
     """The plan's, where nothing is measured; "" where they were not written down."""
-    return "\n".join(render(json.loads(file.read_text())) for file in _predicted(folder))
+    return "\n".join(render(load(file)) for file in _predicted(folder))
 
 
 def picture_of(result: dict[str, Any]) -> tuple[str, str, dict[str, list[Bar]]]:
@@ -204,7 +204,7 @@ def _with_commas(text: str) -> str:
 def pictures(folder: Path) -> dict[Path, tuple[str, str, dict[str, list[Bar]]]]:
     """What is drawn beside a file: each measurement, and the plan's prediction where none is there."""
     files = sorted(folder.glob("memory-*.json")) + _predicted(folder)
-    return {file: picture_of(json.loads(file.read_text())) for file in files}
+    return {file: picture_of(load(file)) for file in files}
 
 
 def _predicted(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Where a number comes from: machine, versions and commit. A number without them does not exist; `save` writes both."""
+"""Where a number comes from: machine, versions and commit. A number without them does not exist; a file holds both."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def save(file: Path, result: Any) -> None:
     whole = file.with_suffix(".new")
     whole.write_text(json.dumps(result, indent=1) + "\n")
     whole.replace(file)
+
+
+def load(file: Path) -> dict[str, Any]:
+    """What was saved; ends the program where the file cannot be read."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {file} holds no results ({error}): measure again or `git checkout` it") from None
 
 
 def _git(*arguments: str) -> str | None:

@@ -5,7 +5,6 @@ Numbers come from the files alone; what is said of a device beside them, and the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from benchmarks import kernel_table, memory_table, parts, trace, worst
 from benchmarks.device import CPU, CUDA, DEVICES, Device, step_aim
 from benchmarks.markdown import PROCESSOR_TIME, machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS
+from benchmarks.provenance import load
 from benchmarks.workload import PROFILES
 
 RESULTS = Path(__file__).parent / "results"
@@ -259,9 +259,9 @@ RENDER = {"parts": parts.render, "trace": trace.render, "memory": memory_table.r
 def generated(folder: Path = RESULTS) -> str:
     """A table for each file of results/, but for those of worst.py, and what no file holds yet."""
     pieces = _steps(folder)
-    pieces += [draw(_read(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
+    pieces += [draw(load(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
     pieces += [text] if (text := memory_table.planned(folder)) else []
-    pieces += [kernel_table.render(_read(file)) for file in sorted(folder.glob("kernels-*.json"))]
+    pieces += [kernel_table.render(load(file)) for file in sorted(folder.glob("kernels-*.json"))]
     if missing := unmeasured(folder):
         pieces.append("\n".join(["### Not yet measured\n", *(f"- {text}" for text in missing)]) + "\n")
     pieces += [text] if (text := memory_table.predictions(folder)) else []
@@ -273,13 +273,13 @@ def generated(folder: Path = RESULTS) -> str:
 
 def kernels(device: Device, folder: Path) -> list[dict[str, Any]]:
     """The results of a device, whose ops may lie in several files."""
-    return [_read(file) for file in sorted(folder.glob(f"kernels-{device.name}*.json"))]
+    return [load(file) for file in sorted(folder.glob(f"kernels-{device.name}*.json"))]
 
 
 def _steps(folder: Path) -> list[str]:
     """Each result with what is its own, then what those of a device have in common, once."""
     pieces = []
-    found = [_read(file) for file in in_order("step", folder)]
+    found = [load(file) for file in in_order("step", folder)]
     for device in DEVICES.values():
         results = [result for result in found if result["device"] == device.name and worst.case(result) is None]
         pieces += map(_measured, results)
@@ -334,14 +334,12 @@ def unmeasured(folder: Path) -> list[str]:
 
 
 def known(file: Path) -> bool:
-    """Whether it is there and, being a stage's record, says that all of its commands ended well."""
-    return file.exists() and all(part["ok"] for part in _read(file).get("parts", []))
+    """Whether it is there and finished: all commands of a stage ended well, and time sufficed for every row."""
+    record = load(file) if file.exists() else {"parts": [{"ok": False}]}
+    late = any((row["reason"] or "").startswith("not run") for row in record.get("rows", []))
+    return all(part["ok"] for part in record.get("parts", [])) and not late
 
 
 def _weights(device: str, model: str) -> str:
     products = "with {} products" if MODELS[model].in_4_bits else "in {}"
     return f"{MODELS[model].title} {products.format(DEVICES[device].dtype)}"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())

@@ -180,3 +180,17 @@ def test_a_page_without_its_markers_is_an_error() -> None:
     assert pages.filled(text, {"claim": "new\n"}) == text.replace("old", "new")
     with pytest.raises(ValueError, match="the page has no .*worst"):
         pages.filled(text, {"worst": "new\n"})
+
+
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
+    (tmp_path / "step-cpu-20m-hh-rlhf.json").write_text('{"benchmark": "st')
+    with pytest.raises(SystemExit, match=r"step-cpu-20m-hh-rlhf\.json holds no results .* measure again"):
+        pages.files(tmp_path)
+
+
+@pytest.mark.parametrize("reason", [None, "", "wrong: off by 1", "not run: the time for all of them was used up"])
+def test_what_found_no_time_is_still_to_be_measured(tmp_path: Path, reason: str | None) -> None:
+    tuned = tmp_path / "tune-cuda.json"
+    assert not table.known(tuned)
+    tuned.write_text(json.dumps({"rows": [{"reason": ""}, {"reason": reason}]}))
+    assert table.known(tuned) == (not (reason or "").startswith("not run"))
