@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import memory_table, picture, worst
 from benchmarks.device import CPU, CUDA
 from benchmarks.kernel_table import front_table
-from benchmarks.markdown import commit_in_words, machine_in_words, short_name, table
+from benchmarks.markdown import commit_in_words, machine_in_words, short_name, table, why_without_number
 from benchmarks.models import MODELS
 from benchmarks.provenance import load
 from benchmarks.table import in_order
@@ -32,8 +32,8 @@ def steps(folder: Path) -> list[Result]:
 def claim(folder: Path) -> str:
     """One sentence with its numbers, the closest rival first: the first planned step on a GPU, or else on a CPU."""
     usual = [result for result in steps(folder) if not worst.case(result)]
-    measured = [result for result in usual if result["device"] == CUDA.name] or usual
-    compared = next((result for result in measured if worst.times_faster(result)), None)
+    usual.sort(key=lambda result: result["device"] != CUDA.name)
+    compared = next((result for result in usual if worst.times_faster(result)), None)
     if compared is None:
         return "No step has been measured against another trainer yet.\n"
     faster, rows = worst.times_faster(compared), compared["configurations"]
@@ -96,7 +96,7 @@ def _cell(result: Result, name: str) -> str:
     if row is None:
         return ""
     if "failed" in row:
-        return row["failed"] if row["failed"] == "not installed" else "failed"
+        return why_without_number(row)
     pairs, memory = f"{row['pairs_per_second']['1']:.3g}", f"{row['peak_memory'] / 2**30:.1f} GiB"
     if name == "fastdpo":
         share = f", MFU {100 * row['mfu']['1']:.0f}%" if row.get("mfu") else ""

@@ -17,6 +17,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def why_without_number(row: dict[str, Any]) -> str:
+    """A contender's row without one: who was not tried did not fail."""
+    return next((why for why in ("not installed", "not run") if row["failed"].startswith(why)), "failed")
+
+
 def short_name(machine: dict[str, Any]) -> str:
     """Its GPU, or what was used of its processor."""
     cpu = re.sub(r"\(R\)|\(TM\)| Processor| CPU", "", machine["cpu"])

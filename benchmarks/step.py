@@ -37,6 +37,10 @@ LN2 = math.log(2)
 class CurvesDiffer(RuntimeError):
     """Two trainers that should compute the same numbers did not, so no time of theirs can be compared."""
 
+    def __init__(self, message: str, runs: dict[str, list[RunResult]] | None = None) -> None:
+        super().__init__(message)
+        self.runs = runs or {}  # of all, where none of them counts
+
     @property
     def line(self) -> str:
         return str(self).splitlines()[0]
@@ -85,6 +89,10 @@ def main(options: Namespace) -> int:
         result = measure(options, device, machine)
     except (CurvesDiffer, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, CurvesDiffer) and error.runs:
+            kept = options.output.with_suffix(".runs")  # no file of results: nobody knows whose curve is right
+            save(kept, {name: [asdict(run) for run in runs] for name, runs in error.runs.items()})
+            print(f"curves, seconds and memory of all runs are in {kept}", file=sys.stderr)
         return 1
     save(options.output, result)
     print(render(json.loads(options.output.read_text())))  # what the file says, nothing else
@@ -174,6 +182,8 @@ def timed_runs(
                 runs[name].append(run)
                 reference = sorted_curve if spec.longest_first else runs["fastdpo"][0]
                 check_curves(name, run, reference, DEVICES[spec.device].tolerances)
+                if name != "fastdpo":
+                    check_movement(reference, DEVICES[spec.device].tolerances)
             except (RunFailed, CurvesDiffer) as error:
                 if error.line == NO_TIME and runs[name]:
                     continue  # its earlier repeats count
@@ -183,7 +193,7 @@ def timed_runs(
                 differ |= {name} if isinstance(error, CurvesDiffer) else set()
     agree = [name for name, spec in specs.items() if spec.trainer != "fastdpo" and name not in failed]
     if differ and not agree:
-        raise CurvesDiffer("; ".join(failed[name] for name in differ))
+        raise CurvesDiffer("; ".join(failed[name] for name in sorted(differ)), runs)
     return runs, differ
 
 
@@ -203,7 +213,7 @@ def peak_rate(device: Device, machine: dict[str, Any], threads: int) -> dict[str
 
 
 def check_curves(name: str, run: RunResult, reference: RunResult, allowed: Tolerances) -> None:
-    """Equal losses and gradient norms step by step, from ln 2, of a curve that moved (else it proves nothing)."""
+    """Equal losses and gradient norms step by step, from ln 2."""
     if not abs(run.losses[0] - LN2) <= allowed.first_loss:  # also true for NaN
         raise CurvesDiffer(f"{name}: the first loss is {run.losses[0]!r}, expected ln 2 = {LN2:.7f}")
     for label, ours, theirs, absolute, relative in (
@@ -216,6 +226,10 @@ def check_curves(name: str, run: RunResult, reference: RunResult, allowed: Toler
                     f"{name}: {label} of step {step} is {mine!r}, fastdpo's is {other!r}\n"
                     f"{name}: {ours}\nfastdpo: {theirs}"
                 )
+
+
+def check_movement(reference: RunResult, allowed: Tolerances) -> None:
+    """A curve equal to one that stands still proves nothing."""
     if max(abs(loss - LN2) for loss in reference.losses) < allowed.least_movement:
         raise CurvesDiffer(
             f"no loss of fastdpo left ln 2 by {allowed.least_movement}, so equal curves show nothing: take more steps"

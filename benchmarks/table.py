@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernel_table, memory_table, parts, trace, worst
-from benchmarks.device import CPU, CUDA, DEVICES, Device, step_aim
-from benchmarks.markdown import PROCESSOR_TIME, machine_in_words, table, versions_in_words
+from benchmarks import kernel_table, memory_table, parts, trace
+from benchmarks.device import CPU, CUDA, DEVICES, Device, StepAim, step_aim
+from benchmarks.markdown import PROCESSOR_TIME, machine_in_words, table, versions_in_words, why_without_number
 from benchmarks.models import MODELS
 from benchmarks.provenance import load
 from benchmarks.workload import PROFILES
@@ -84,7 +84,7 @@ def _listed(lines: Iterable[str]) -> str:
 
 def _heading(result: dict[str, Any]) -> str:
     work, machine = result["workload"], result["machine"]
-    sizes = work["parameters"]
+    sizes, repeats = work["parameters"], work["repeat"]
     head = "untied" if sizes["untied_head"] else "tied to the embedding"
     return (
         f"### A training step on {DEVICES[result['device']].title}: {MODELS[result['model']].title}, "
@@ -95,7 +95,7 @@ def _heading(result: dict[str, Any]) -> str:
         f"{work['batch']} an optimizer step, {work['median_tokens']:.0f} tokens a sequence (median; longest "
         f"{work['longest']}), prompts {work['prompt_to_response']:.2f} times as long as a response.\n\n"
         f"{machine_in_words(machine)}; load before the runs {result['load_before']:.1f}. {versions_in_words(result)}. "
-        f"Medians of {work['repeat']}."
+        f"{'One run each' if repeats == 1 else f'Medians of {repeats}'}."
     )
 
 
@@ -116,7 +116,7 @@ def _runs(result: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any], spans: list[str]) -> list[str]:
     if "failed" in row:
-        return ["failed", *[""] * (4 * len(spans) + 2)]
+        return [why_without_number(row), *[""] * (4 * len(spans) + 2)]
     tokens, shares = row.get("tokens_per_second", {}), row.get("mfu", {})
     return [
         f"{row['seconds_before_training']:.1f}",
@@ -169,7 +169,7 @@ def _aims(result: dict[str, Any]) -> str:
 def _tuning(tuning: list[dict[str, Any]], device: Device) -> str:
     ran = sorted((row for row in tuning if "seconds" in row), key=lambda row: row["seconds"])
     rows = [[_settings(row), f"{row['seconds']:.1f}"] for row in ran]
-    rows += [[_settings(row), f"failed: `{row['failed']}`"] for row in tuning if "failed" in row]
+    rows += [[_settings(row), _reason(row)] for row in tuning if "failed" in row]
     scored = "" if device.head_skips_rows else ", response rows only"
     title = f"TRL's settings that were tried, rows sorted by length{scored}:"
     return f"{title}\n\n{table(['settings', 's, 1 epoch'], rows)}"
@@ -180,6 +180,10 @@ def _settings(row: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in named.items())
 
 
+def _reason(row: dict[str, Any]) -> str:
+    return f"failed: `{row['failed']}`" if why_without_number(row) == "failed" else row["failed"]
+
+
 def own_notes(result: dict[str, Any]) -> list[str]:
     """What is to be said of one result beside its numbers."""
     rows = result["configurations"]
@@ -188,7 +192,7 @@ def own_notes(result: dict[str, Any]) -> list[str]:
         *([PROCESSOR_TIME] if result["workload"].get("processor_time") else []),
         f"TRL tuned: {tuned}, rows sorted by length.",
         *([_IN_4_BITS] if MODELS[result["model"]].in_4_bits else []),
-        *(f"{name} failed: `{row['failed']}`" for name, row in rows.items() if "failed" in row),
+        *(f"{name}: {_reason(row)}" for name, row in rows.items() if "failed" in row),
         *(f"FLOPs of {name} are by formula, as counting failed: `{why}`" for name, why in result["uncounted"].items()),
     ]
 
@@ -257,7 +261,7 @@ RENDER = {"parts": parts.render, "trace": trace.render, "memory": memory_table.r
 
 
 def generated(folder: Path = RESULTS) -> str:
-    """A table for each file of results/, but for those of worst.py, and what no file holds yet."""
+    """A table for each file of results/, and what no file holds yet."""
     pieces = _steps(folder)
     pieces += [draw(load(file)) for benchmark, draw in RENDER.items() for file in in_order(benchmark, folder)]
     pieces += [text] if (text := memory_table.planned(folder)) else []
@@ -281,7 +285,7 @@ def _steps(folder: Path) -> list[str]:
     pieces = []
     found = [load(file) for file in in_order("step", folder)]
     for device in DEVICES.values():
-        results = [result for result in found if result["device"] == device.name and worst.case(result) is None]
+        results = [result for result in found if result["device"] == device.name]
         pieces += map(_measured, results)
         if lines := dict.fromkeys(line for result in results for line in notes(result)):
             pieces.append(f"Of all steps on {device.title}:\n\n{_listed(lines)}\n")
@@ -290,18 +294,16 @@ def _steps(folder: Path) -> list[str]:
 
 def waiting_aims(device: Device, folder: Path) -> str:
     """The aims of steps that no file says of whether they are met; "" where there is none."""
-
-    def missing(benchmark: str, model: str, profiles: Iterable[str]) -> list[str]:
-        return [name for name in profiles if not (folder / file_name(benchmark, device.name, model, name)).exists()]
-
     rows = []
     for aim in device.aims:
-        if waiting := missing("step", aim.model, aim.profiles):
+        files = {name: folder / file_name("step", device.name, aim.model, name) for name in aim.profiles}
+        if waiting := [name for name, file in files.items() if not _judged(aim, file)]:
             rows.append([f"{aim.quantity}: {_setting(aim.model, waiting)}", str(aim)])
     if device.parts_aim is not None:
         for model in sorted({key[2] for key in PLANNED if key[:2] == ("parts", device.name)}):
-            if waiting := missing("parts", model, ["hh-rlhf"]):
-                rows.append([f"a step / the sum of its parts: {_setting(model, waiting)}", f"<= {device.parts_aim}"])
+            if not (folder / file_name("parts", device.name, model, "hh-rlhf")).exists():
+                setting = _setting(model, ["hh-rlhf"])
+                rows.append([f"a step / the sum of its parts: {setting}", f"<= {device.parts_aim}"])
     if device is CUDA and not known(folder / memory_table.PLAN):
         low, high = memory_table.PLAN_AIM
         rows.append(["peak memory as planned / as measured, in 16 settings (`make gpu-plan`)", f"{low} to {high}"])
@@ -312,17 +314,23 @@ def waiting_aims(device: Device, folder: Path) -> str:
     return f"Aims of a step{gpu} that wait for their measurement.\n\n{table(['', 'aim'], rows)}\n"
 
 
+def _judged(aim: StepAim, file: Path) -> bool:
+    """Whether a step's file has the number that the aim is for."""
+    result = load(file) if file.exists() else {"ratios": []}
+    return any(step_aim(result, ratio["name"]) is aim for ratio in result["ratios"])
+
+
 def _setting(model: str, profiles: Iterable[str]) -> str:
     owners = ", ".join(f"{PROFILES[name].title}'s" for name in profiles)
     return f"{MODELS[model].title}, pairs as long as {owners}"
 
 
 def unmeasured(folder: Path) -> list[str]:
-    """A line for each planned file that is not there, and for kernels without a number."""
+    """A line for each planned file that is not there or without TRL's numbers, and for kernels without a number."""
     missing = [
         f"{_WHAT[key[0]]}: {_weights(*key[1:3])} on {DEVICES[key[1]].title}, {PROFILES[key[3]].pairs} (`{command}`)"
         for key, command in PLANNED.items()
-        if not (folder / file_name(*key)).exists()
+        if not _measured_against_trl(folder / file_name(*key))
     ]
     found = (folder / memory_table.file_name(CUDA.name, memory_table.MODEL)).exists()
     untabled = [text for text, file in UNTABLED.items() if not file or not known(folder / file)]
@@ -331,6 +339,12 @@ def unmeasured(folder: Path) -> list[str]:
         measured = kernel_table.measured(kernels(device, folder))
         missing += [text for ops, text in device.kernels.unmeasured.items() if not measured.issuperset(ops)]
     return missing
+
+
+def _measured_against_trl(file: Path) -> bool:
+    """Of a benchmark that others take no part in, whether it is there."""
+    rows = load(file).get("configurations", {}) if file.exists() else {"TRL default": {"failed": "not run"}}
+    return not any("failed" in rows[name] for name in ("TRL default", "TRL tuned") if name in rows)
 
 
 def known(file: Path) -> bool:

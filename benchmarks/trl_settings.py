@@ -51,7 +51,7 @@ def search_tuned(tuned: RunSpec, device: Device, clock: Clock) -> list[dict[str,
     """Seconds of TRL's first epoch with the settings that were tried, or why they failed: sizes of a micro-batch, then
     with the fastest the reference ahead or online, FlashAttention and Liger where installed, and checkpointing.
 
-    Half of the time there is may go to it.
+    A third of the time there is may go to it.
     """
     found: list[dict[str, Any]] = []
 
@@ -60,7 +60,7 @@ def search_tuned(tuned: RunSpec, device: Device, clock: Clock) -> list[dict[str,
         name = f"TRL with {settings}" + (f", {attention}" if attention else "")
         row: dict[str, Any] = {"settings": settings, "attention": attention}
         try:
-            result = in_own_process(name, spec, clock, share=0.5)
+            result = in_own_process(name, spec, clock, share=1 / 3)
             row |= {"epochs": len(result.seconds) - 1, "seconds": result.seconds[-1], "before": result.seconds[0]}
             row["peak_memory"] = result.peak_memory
         except RunFailed as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.markdown import PROCESSOR_TIME, short_name, table
+from benchmarks.markdown import PROCESSOR_TIME, short_name, table, why_without_number
 from benchmarks.models import MODELS
 from benchmarks.workload import PROFILES
 
@@ -47,8 +47,11 @@ def _in_words(result: dict[str, Any]) -> str:
 def _cells(result: dict[str, Any], others: list[str]) -> list[str]:
     faster = times_faster(result)
     rows = result["configurations"]
-    cells = [f"{faster[name]:.2f}" if name in faster else "failed" if name in rows else "" for name in others]
-    return [f"{rows['fastdpo']['pairs_per_second']['1']:.3g}", *cells]
+    cells = [f"{rows['fastdpo']['pairs_per_second']['1']:.3g}"]
+    for name in others:
+        without = why_without_number(rows[name]) if name in rows and name not in faster else ""
+        cells.append(f"{faster[name]:.2f}" if name in faster else without)
+    return cells
 
 
 def times_faster(result: dict[str, Any]) -> dict[str, float]:

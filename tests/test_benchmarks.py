@@ -28,6 +28,7 @@ from benchmarks import __main__ as command_line  # noqa: E402
 from benchmarks import (  # noqa: E402
     adapters,
     apart,
+    bench_blocks,
     bench_linear_logps,
     bench_lora,
     bench_nf4,
@@ -211,14 +212,31 @@ def test_a_contender_whose_loss_differs_by_two_thousandths_gets_no_number_and_is
     assert "seconds" in rows["TRL default"] and "| TRL tuned | failed |" in done.stdout
 
 
-def test_a_curve_of_fastdpo_that_nobody_shares_gives_no_number_at_all() -> None:
-    ours = training.RunResult([0, 1], 0, [], 0, 1, [math.log(2), 0.5], [1.0, 1.0])
-    other = replace(ours, losses=[math.log(2), 0.6])
+@pytest.mark.parametrize(
+    ("own", "others", "why"),
+    [
+        (0.5, 0.6, "TRL default: loss of step 2 is 0.6, fastdpo's is 0.5"),
+        (math.log(2), math.log(2), "no loss of fastdpo left ln 2"),
+    ],
+    ids=["another", "still"],
+)
+def test_where_nobody_can_be_compared_with_fastdpo_there_is_no_number_but_all_runs_are_kept(
+    own: float, others: float, why: str, tmp_path: Path, capsys: Any
+) -> None:
+    ours = training.RunResult([0, 1], 0, [], 0, 1, [math.log(2), own], [1.0, 1.0])
+    other = replace(ours, losses=[math.log(2), others])
     specs = {name: replace(SPEC, trainer=kind) for name, kind in (("fastdpo", "fastdpo"), ("TRL default", "trl"))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "in_own_process", lambda name, *_: ours if name == "fastdpo" else other)
-        with pytest.raises(step.CurvesDiffer, match="TRL default: loss of step 2 is 0.6, fastdpo's is 0.5"):
-            step.timed_runs(specs, 1, ours, {}, apart.Clock(None, None))
+        with pytest.raises(step.CurvesDiffer, match=why) as caught:
+            step.timed_runs(specs, 2, ours, {}, apart.Clock(None, None))
+        assert {name: len(runs) for name, runs in caught.value.runs.items()} == {"fastdpo": 2, "TRL default": 1}
+        patch.setattr(step, "measure", lambda *_: step.timed_runs(specs, 2, ours, {}, apart.Clock(None, None)))
+        patch.setattr(type(CPU), "found", lambda *_: {})
+        assert step.main(SimpleNamespace(device="cpu", output=tmp_path / "step.json")) == 1  # type: ignore[arg-type]
+    kept = json.loads((tmp_path / "step.runs").read_text())
+    assert [run["losses"] for run in kept["TRL default"]] == [other.losses] and len(list(tmp_path.iterdir())) == 1
+    assert why in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["step", "parts", "trace", "kernels"])
@@ -257,7 +275,7 @@ def test_a_gpus_results_stand_beside_the_cpus(copy: Path) -> None:
     assert "### A training step on a GPU: Llama-3.1-8B's shape, pairs as long as HelpSteer's" in text
     assert "NVIDIA H200, 150 GiB, driver 580.1, CUDA 13.0" in text and line not in text
     assert "| speed of fastdpo / TRL default, 1 epoch | 2.50 | >= 2.5 | met |" in text
-    assert "| Unsloth | failed |" in text and "- Unsloth failed: `not installed`" in text
+    assert "| Unsloth | not installed |" in text and "- Unsloth: not installed\n" in text
     assert "Llama-3.1-8B's shape, LoRA r=16, pairs as long as HelpSteer's; NVIDIA H200, bfloat16" in front
     row = next(line for line in front.splitlines() if "as long as HelpSteer's" in line and line.startswith("|"))
     assert (
@@ -275,7 +293,7 @@ def test_a_trl_configuration_that_dies_costs_its_own_row_only(copy: Path) -> Non
     assert result["uncounted"] == {}  # nothing is counted there
     assert all("TRL tuned" not in ratio["name"] for ratio in result["ratios"]) and result["ratios"]
     assert "| TRL tuned | failed |" in done.stdout
-    assert "- TRL tuned failed: `MemoryError: CUDA out of memory`" in done.stdout
+    assert "- TRL tuned: failed: `MemoryError: CUDA out of memory`" in done.stdout
 
 
 def test_fastdpo_dying_is_an_error(copy: Path) -> None:
@@ -408,8 +426,9 @@ def test_a_curve_that_moves_less_than_three_times_its_tolerance_shows_nothing(de
     allowed = device.tolerances
     assert allowed.least_movement >= 2.8 * max(allowed.loss_absolute, math.log(2) * allowed.loss_relative)
     still = training.RunResult([], 0, [], 0, 0, [math.log(2)] * 2, [1.0, 1.0])
+    step.check_curves("TRL", still, still, allowed)
     with pytest.raises(step.CurvesDiffer, match="left ln 2"):
-        step.check_curves("TRL", still, still, allowed)
+        step.check_movement(still, allowed)
 
 
 def test_what_precedes_training_counts_from_the_start_only() -> None:
@@ -935,10 +954,29 @@ def test_every_aim_of_a_step_stands_on_the_page_until_it_is_measured(tmp_path: P
         f"| {longest} on 24 GiB, prompts of 16 tokens: Llama-3.1-8B's shape in NF4 | >= 2 x 40000 |",
     ):
         assert line in rows
-    (tmp_path / table.file_name("step", "cuda", "llama-3.1-8b", "hh-rlhf")).touch()
     (tmp_path / table.file_name("parts", "cuda", "llama-3.1-8b", "hh-rlhf")).touch()
+    file = tmp_path / table.file_name("step", "cuda", "llama-3.1-8b", "hh-rlhf")
+    here = {"device": "cuda", "model": "llama-3.1-8b", "profile": "hh-rlhf", "machine": FACTS}
+    ratios = [{"name": aim.quantity, "value": 1.0} for aim in CUDA.aims]
+    file.write_text(json.dumps({**here, "ratios": ratios}))
     text = table.waiting_aims(CUDA, tmp_path)
     assert "HH-RLHF" not in text and "sum of its parts" not in text and "as long as HelpSteer's | >= 2.5 |" in text
+    file.write_text(json.dumps({**here, "ratios": [ratio for ratio in ratios if "TRL" not in ratio["name"]]}))
+    text = table.waiting_aims(CUDA, tmp_path)
+    assert f"| speed of fastdpo / TRL tuned, 1 epoch: {shape}, HelpSteer's | >= 1.8 |" in text  # TRL did not run
+    assert "| MFU of fastdpo, 1 epoch: Llama-3.1-8B's shape, pairs as long as HelpSteer's" in text
+
+
+@pytest.mark.parametrize("without", [None, "TRL default", "TRL tuned", "Unsloth"])
+def test_a_step_is_measured_once_trl_ran(without: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = ("step", "cuda", "mistral-7b", "hh-rlhf")
+    monkeypatch.setattr(table, "PLANNED", {key: "make gpu-step-mistral"})
+    assert any("make gpu-step-mistral" in line for line in table.unmeasured(tmp_path))
+    names = ("fastdpo", "TRL default", "TRL tuned", "Unsloth")
+    rows = {name: {"failed": "not installed"} if name == without else {} for name in names}
+    (tmp_path / table.file_name(*key)).write_text(json.dumps({"configurations": rows}))
+    waits = any("make gpu-step-mistral" in line for line in table.unmeasured(tmp_path))
+    assert waits == (without in ("TRL default", "TRL tuned"))
 
 
 def stage_record(file: Path, *parts: dict[str, Any]) -> None:
@@ -1341,6 +1379,8 @@ def test_recorded_kernels_hold_every_contender_at_every_task(kernel_result: dict
         tasks |= {(bench_nf4.OP, t.shape, bench_nf4.WANTS, t.contender) for t in bench_nf4.turns(device)}
     if bench_lora.OP in recorded:
         tasks |= {(bench_lora.OP, t.shape, t.task, t.contender) for t in bench_lora.turns(device)}
+    if "glu" in recorded:
+        tasks |= {(t.op, t.shape, t.wants, t.contender) for t in bench_blocks.turns(device)}
     assert found == tasks
 
 

@@ -104,7 +104,7 @@ def test_the_claim_is_of_the_8b_model_on_hh_rlhf_where_others_were_measured_too(
 def test_a_case_of_little_gain_stands_in_its_own_table_and_not_among_the_others(tmp_path: Path) -> None:
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.5}, profile="no-prompt", model="20m", device="cpu")
     step(tmp_path, {"fastdpo": 3.0, "TRL tuned": 2.0, "TRL": 1.0}, batch=1, model="20m", device="cpu")
-    assert not rows_of(front_page.speed(tmp_path)) and table._steps(tmp_path) == []
+    assert not rows_of(front_page.speed(tmp_path))
     text = front_page.gains_least(tmp_path)
     assert [row[1:] for row in rows_of(text)] == [["3", "1.20", ""], ["3", "1.50", "3.00"]]
     assert "It gains least here: nothing to share, nothing to pad, 1.20 times the speed of TRL tuned." in text
@@ -171,7 +171,8 @@ def test_a_page_or_a_picture_that_drifted_is_told_and_written_again(
         spoil()
         assert pages.main(check=True, folder=results) == 1 and str(drawn) in capsys.readouterr().err
         assert pages.main(check=False, folder=results) == 0 and pages.main(check=True, folder=results) == 0
-    step(results, {"fastdpo": 3.0, "TRL tuned": 2.5}, profile="no-prompt")
+    for file in results.iterdir():
+        file.unlink()
     assert pages.main(check=True, folder=results) == 1 and str(results) in capsys.readouterr().err
 
 
