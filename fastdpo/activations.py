@@ -50,7 +50,7 @@ from fastdpo.batch import PreferenceBatch
 from fastdpo.data import TokenPair
 from fastdpo.head import output_head
 from fastdpo.layout import Layout, declared_windows
-from fastdpo.model import Policy, backbone, base_model, checkpointing, input_embedding, without_dropout
+from fastdpo.model import Policy, base_model, block_lists, checkpointing, input_embedding, without_dropout
 from fastdpo.offload import HostCopies
 from fastdpo.patching import patched
 from fastdpo.projections import refusal, wider
@@ -270,9 +270,7 @@ def _text_config(model: Any) -> Any:
 
 
 def _blocks(model: Any) -> nn.ModuleList | None:
-    layers = _text_config(model).num_hidden_layers
-    lists = [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    return lists[0] if lists else None
+    return next(iter(block_lists(model)), None)
 
 
 def _run(

@@ -63,6 +63,8 @@ class _TensorFields:
                 moved[item.name] = value._map(move)
             elif item.name == "media":
                 moved[item.name] = {name: move(tensor) for name, tensor in value.items()}
+            elif item.name == "masks":  # another device's are made there, and go with the batch that lies there
+                moved[item.name] = {}
         return replace(self, **moved)  # type: ignore[type-var]
 
 
@@ -102,6 +104,13 @@ class PreferenceBatch(_TensorFields):
     @property
     def num_pairs(self) -> int:
         return (self.cu_seqlens.shape[0] - 1) // 2
+
+    @property
+    def budgeted_tokens(self) -> int:
+        """What a micro-batch's budget counts: what pairs share with each other, for each of them."""
+        if self.segments is None:
+            return self.input_ids.numel()
+        return sum(self.segments.key_lengths) - sum(self.segments.prompt_lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -264,7 +264,7 @@ def common_layout(
 ) -> Layout:
     """Packed where both models can, since they see the same batches; `tables` are those of the run.
 
-    Pairs share what they begin alike with, unless dropout or noise is to be a pair's own.
+    Pairs share what they begin alike with where they `may_share`.
     """
     rows, padding_value = input_embedding(policy.model).weight.shape[0], config.padding_value
     if padding_value is not None and padding_value >= rows:
@@ -276,12 +276,16 @@ def common_layout(
         processing = Processing(processing_class)
         if not shown and any(table is not None for table in tables) and not processing.prefixes:
             processing = None  # text alone, which may be packed
-    shared = config.disable_dropout and config.neftune_noise_alpha is None
-    layout = replace(find_layout(policy, padding, processing, shown), shared=shared)
+    layout = replace(find_layout(policy, padding, processing, shown), shared=may_share(config))
     if ref_policy is None or not layout.packed:
         return layout
     other = find_layout(ref_policy, padding)
     return layout if other.packed else replace(other, reason=f"ref_model: {other.reason}")
+
+
+def may_share(config: DPOConfig) -> bool:
+    """Not where dropout or noise is to be a pair's own."""
+    return config.disable_dropout and config.neftune_noise_alpha is None
 
 
 def _pairs_with_images(tables: Iterable[Table | None]) -> list[TokenPair]:

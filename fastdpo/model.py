@@ -187,6 +187,12 @@ def backbone(model: PreTrainedModel) -> nn.Module:
     return inner
 
 
+def block_lists(model: PreTrainedModel) -> list[nn.ModuleList]:
+    """Lists of as many modules as the text model has blocks: its own, and whatever else is as long."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return [m for m in backbone(model).modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+
+
 def input_embedding(model: nn.Module) -> nn.Embedding:
     """The token embedding, (V, D), without the adapter that may be around it."""
     layer: Any = base_model(model).get_input_embeddings()

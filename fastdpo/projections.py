@@ -78,7 +78,7 @@ def refusal(module: Any, training: bool) -> str:
     base = _base(module)
     if base is not module:
         if _kind(type(module)) != "lora":
-            return f"{type(module).__module__.split('.')[-2]}'s {type(module).__name__} is not plain LoRA"
+            return f"{type(module).__name__} of {type(module).__module__} is not plain LoRA"
         if why := _lora_refusal(module, training):
             return why
     kind, weight, bias = _kind(type(base)), base._parameters.get("weight"), base._parameters.get("bias")

@@ -87,16 +87,16 @@ class Retry:
             if not out_of_memory(error):
                 raise
             if self.ranks.fsdp is not None:  # other processes are amid a pass, and wait for this one
-                budget = max(1, max(batch.input_ids.numel() for batch in whole.microbatches) // 2)
+                budget = max(1, max(batch.budgeted_tokens for batch in whole.microbatches) // 2)
                 error.add_note(
                     "fastdpo: under FSDP2 a batch is not done again in smaller parts: set max_tokens_per_microbatch="
                     f"{budget} and resume from the last checkpoint"
                 )
                 raise
-            largest = max([batch.input_ids.numel() for batch in batches if batch.num_pairs > 1], default=0)
+            largest = max([batch.budgeted_tokens for batch in batches if batch.num_pairs > 1], default=0)
             budget = self.ranks.agree(largest // 2)
             if not largest:
-                longest = max(batch.input_ids.numel() for batch in whole.microbatches)
+                longest = max(batch.budgeted_tokens for batch in whole.microbatches)
                 change = "set gradient_checkpointing=True or lower" if torch.is_grad_enabled() else "lower"
                 error.add_note(
                     f"fastdpo: a pair of {longest} tokens alone does not fit: {change} max_length; `fastdpo plan` says "
@@ -118,7 +118,7 @@ class Retry:
 
     def _within_budget(self, batches: Batches, loader: DataLoader) -> Batches:
         budget = self.budget
-        if budget is None or all(batch.num_pairs == 1 or batch.input_ids.numel() <= budget for batch in batches):
+        if budget is None or all(batch.num_pairs == 1 or batch.budgeted_tokens <= budget for batch in batches):
             return batches
         collate: Any = loader.collate_fn
         smaller = collate.regroup(batches, budget)

@@ -238,6 +238,12 @@ class DPOTrainer(Surface):
         if self.train_dataset is None:
             raise ValueError("train_dataset is missing: the trainer was built without one")
         args.validate()
+        if self.layout.shared and not build.may_share(args):
+            raise ValueError(
+                f"disable_dropout={args.disable_dropout}, neftune_noise_alpha={args.neftune_noise_alpha}: one of them "
+                "was changed after the trainer was made, whose pairs share what they begin alike with: set it in the "
+                "config"
+            )
         check_best_metric(args, self._eval_tables, self.loss, self.compute_metrics)
         started = time.time()
         self._start_engine()

@@ -155,6 +155,24 @@ def test_microbatches_hold_every_pair_once_within_budget_and_the_costliest_first
         )
 
 
+def test_a_budget_counts_what_pairs_share_for_each_of_them() -> None:
+    """As micro-batches are made up: halving what is really there made of one that did not fit eight."""
+    system = list(range(5, 65))
+    pairs = [TokenPair([*system, *pair.prompt], pair.chosen, pair.rejected) for pair in RAGGED * 4]
+    for batch in (pack(pairs), pack(pairs, least_shared=1)):
+        assert batch.budgeted_tokens == sum(pair.length for pair in pairs)
+    assert pack(pairs, least_shared=1).input_ids.numel() < sum(pair.length for pair in pairs) / 2
+    assert pad(pairs).budgeted_tokens == pad(pairs).input_ids.numel()
+
+
+def test_masks_of_a_batch_on_another_device_are_its_own() -> None:
+    """The host's batches live as long as an optimizer step, and would keep the GPU's masks."""
+    batch = pack(RAGGED)
+    assert batch.segments is not None
+    batch.segments.masks["a"] = torch.ones(1)
+    assert batch.to("meta").segments.masks == {}
+
+
 def test_without_a_budget_neighbours_by_length_go_together() -> None:
     assert microbatches([3, 9, 1, 7, 5], 2, None) == [[1, 3], [4, 0], [2]]
 

@@ -10,10 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import RAGGED, gradient_error, gradients, random_pairs, tiny_model
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import fastdpo
 from fastdpo.batch import PreferenceBatch, pack, pad
 from fastdpo.last_block import is_on, scored_rows_alone
+from fastdpo.layout import find_layout
 from fastdpo.model import Policy, base_model, checkpointing
 
 PAIRS = [*RAGGED, *random_pairs((20, 3, 4), (0, 2, 1))]
@@ -127,3 +129,45 @@ def test_training_leaves_the_last_blocks_prompt_rows_out_and_starts_at_margin_ze
     assert out.history[0]["rewards/margins"] == 0
     first, last = (sum(count for block, count in seen if block == which) for which in (0, 1))
     assert last == first if off else last < 0.8 * first
+
+
+def test_an_error_before_the_mlp_leaves_nothing_for_the_next_call() -> None:
+    policy, batch = Policy(tiny_model("llama")).eval(), pack(PAIRS)
+    block, x = policy.model.model.layers[-1], torch.randn(1, 3, 32)
+    with scored_rows_alone([policy]):
+        alone = block.mlp(x)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr(block.post_attention_layernorm, "forward", lambda: None)
+            policy(batch)
+        assert torch.equal(block.mlp(x), alone)
+
+
+def test_a_block_that_runs_twice_in_a_forward_is_not_packed_with_it() -> None:
+    """Its second run would see zeros where the first left rows out: bf16's rounding hid how far off that is."""
+    model = tiny_model("llama")
+    model.model.layers[0] = model.model.layers[1]
+    policy = Policy(model, torch.bfloat16)
+    assert find_layout(policy).packed
+    with scored_rows_alone([policy]):
+        layout = find_layout(policy)
+    assert (
+        not layout.packed and layout.reason == "its last block runs twice in a forward: fused_kernels=False may pack it"
+    )
+
+
+def test_a_tower_beside_the_text_is_left_alone() -> None:
+    """transformers' multimodal models may have one behind the text's blocks; here it is longer."""
+    model = tiny_model("llama")
+    model.model.tower = nn.ModuleList([LlamaDecoderLayer(model.config, 0) for _ in range(3)])
+    policy = Policy(model).eval()
+    with scored_rows_alone([policy]):
+        assert not any(module._forward_hooks for module in model.model.tower.modules())
+        assert is_on(policy) and model.model.layers[-1].mlp._forward_hooks
+
+
+def test_blocks_that_are_no_list_of_the_configs_length_are_left_alone() -> None:
+    """Whether they run one after the other, and once, is then unknown."""
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 3
+    with scored_rows_alone([policy := Policy(model)]):
+        assert not is_on(policy)

@@ -78,7 +78,8 @@ def test_a_single_wrong_key_would_not_go_unnoticed(name: str) -> None:
     assert batch.segments is not None and batch.segments.key_index[18] == 6
     batch.segments.key_index[18] = 7  # for the rejected response, a chosen token in place of the last one of the prompt
     difference = (policy(batch)[0] - right).abs()
-    assert torch.equal(difference[:6], torch.zeros(6)) and difference[6:].max() > 1e-3
+    # a token that goes to another expert leaves products of fewer rows there, which some CPUs round otherwise
+    assert difference[:6].max() < 1e-5 and difference[6:].max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -141,3 +141,13 @@ def test_rows_of_a_stream_which_have_no_names_are_refused(model: Any, rows: list
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
     with pytest.raises(ValueError, match="the rows of a stream have no names"):
         fastdpo.train(model, stream, processing_class=tokenizer, **quick, neftune_noise_alpha=5.0)
+
+
+@pytest.mark.parametrize("later", [{"neftune_noise_alpha": 5.0}, {"disable_dropout": False}], ids=str)
+def test_what_is_a_pairs_own_is_refused_once_pairs_share_tokens(later, rows, tokenizer, quick) -> None:
+    trainer = fastdpo.DPOTrainer(
+        tiny_llama(), args=fastdpo.DPOConfig(**quick), train_dataset=rows, processing_class=tokenizer
+    )
+    vars(trainer.args).update(later)
+    with pytest.raises(ValueError, match="was changed after the trainer was made, .*: set it in the config"):
+        trainer.train()

@@ -443,6 +443,14 @@ def test_a_new_adapter_gives_bitwise_what_the_adapter_switched_off_gives() -> No
             assert torch.equal(logps(model), values)
 
 
+def test_an_adapters_class_of_a_script_takes_its_own_forward(calls: dict[str, int]) -> None:
+    model: Any = adapted(tiny_model("qwen2"), target_modules=["q_proj"])
+    for layer in model.base_model.model.model.layers:
+        cls = type(layer.self_attn.q_proj)
+        layer.self_attn.q_proj.__class__ = type("Own", (cls,), {"__module__": "__main__"})
+    assert len(patch(model).left_alone["Own of __main__ is not plain LoRA"]) == 2
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -90,7 +90,7 @@ MAY_IMPORT = {
     "card": {"config", "losses", "mixture", "model"},
     "mixture": {"rows"},
     "noise": {"batch", "model"},
-    "last_block": {"batch", "model", "projections"},
+    "last_block": {"attention", "batch", "model", "projections"},
     "by_hand": {
         *("batch", "collator", "config", "data", "layout", "metrics", "model", "predictions", "ranks", "reference"),
         "step",
