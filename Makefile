@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak check gpu gpu-step-8b compile-report format clean
+.PHONY: demo test soak check gpu compile-report format clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastdpo demo
@@ -38,9 +38,6 @@ GPU := PYTHONPATH=$(CURDIR):$(CURDIR)/kernels$(if $(PYTHONPATH),:$(PYTHONPATH)) 
 GPU += $(if $(RESULTS),--results $(RESULTS)) $(if $(COMMIT),--commit $(COMMIT)) $(if $(UNSLOTH),--unsloth $(UNSLOTH))
 gpu:
 	$(GPU)
-
-gpu-step-8b:
-	$(GPU) step-8b-hh-rlhf step-8b-ultrafeedback step-8b-helpsteer
 
 gpu-%:
 	$(GPU) $*

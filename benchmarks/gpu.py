@@ -4,15 +4,18 @@
 
 A stage is one or more commands in processes of their own. One that fails, hangs or dies costs the others nothing, and a
 stage whose time is up leaves what it had: `gpu-STAGE.json` says with which GPU, driver, versions and commit it ran, how
-each command ended and what became of each test; `gpu-STAGE.md` is a page of it with the numbers and their aims, and
-`gpu.md` one over all stages. The commands write their own files besides, from which `python -m benchmarks table` makes
-the tables. Without a device that torch can use, or without torch, it prints what it would run.
+each command ended and what became of each test; `gpu-STAGE.md` is a page of it with the numbers and their aims,
+`gpu-STAGE.log` all that its failed commands said, and `gpu.md` a page over all stages. The commands write their own
+files besides, from which `python -m benchmarks table` makes the tables. A rerun that finds less than an older run of
+the stage leaves that one's record, and lies beside it as `gpu-STAGE.rerun.json`. Without a device that torch can use,
+or without torch, it prints what it would run.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,9 +35,27 @@ from benchmarks import gpu_page, outcomes
 from benchmarks.device import CUDA, ROOT
 from benchmarks.provenance import provenance, save
 from benchmarks.table import RESULTS, file_name
+from benchmarks.trl_settings import installed
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 PACKAGES += ("liger-kernel", "cut-cross-entropy", "flash-attn", "unsloth", "pytest")
+# A word of a command -> packages without which it ends early or leaves something out.
+FASTDPO = ("triton", "transformers", "datasets", "peft", "accelerate")
+NEEDS = {
+    **dict.fromkeys(("parts", "trace", "explore"), FASTDPO),
+    **dict.fromkeys(("kernels", "tune"), ("triton",)),
+    **dict.fromkeys(("nf4", "lora"), ("peft", "bitsandbytes")),
+    **dict.fromkeys((f"tests/test_{name}.py" for name in ("nf4", "lora", "memory", "patching")), ("bitsandbytes",)),
+    "pytest": ("pytest", *FASTDPO),
+    "step": (*FASTDPO, "trl"),
+    "memory": (*FASTDPO, "trl", "bitsandbytes"),
+    "--load-in-4bit": ("bitsandbytes",),
+}
+COMPARED = {  # a word of a command -> packages that fastdpo is only compared with there
+    "step": ("liger-kernel", "flash-attn", "unsloth"),
+    "linear_logps": ("trl", "liger-kernel", "cut-cross-entropy"),
+    "blocks": ("liger-kernel",),
+}
 SILENT = 240  # seconds of a test from which on it hangs
 GRACE = 10  # seconds between a process's first signal and its last
 STOP = threading.Event()  # set by a signal: what runs is ended, and what was found is written down
@@ -105,11 +127,6 @@ STAGES = {
         ),
         side_by_side=True,  # compiling takes most of the time
     ),
-    "block-tests": Stage(
-        "4-bit weights, LoRA, norms, rotary embeddings and gated MLPs against fp64 and torch; every kernel repeated",
-        _tests("repeats", "nf4", "lora", "rms_norm", "rope", "glu"),
-        side_by_side=True,
-    ),
     "kernels": Stage(
         "linear_logps at four shapes against TRL, Liger, cut-cross-entropy and torch",
         _kernels("kernels-cuda.json", "linear_logps"),
@@ -125,6 +142,11 @@ STAGES = {
     "memory": Stage(
         "the longest pair that trains an 8B model in NF4 on 8, 12, 16 and 24 GiB",
         (Part(("benchmarks", "memory", "--device", "cuda", "--seconds", "460"), "memory-cuda-llama-3.1-8b.json"),),
+    ),
+    "block-tests": Stage(
+        "4-bit weights, LoRA, norms, rotary embeddings and gated MLPs against fp64 and torch; every kernel repeated",
+        _tests("repeats", "nf4", "lora", "rms_norm", "rope", "glu"),
+        side_by_side=True,
     ),
     "block-kernels": Stage(
         "what 4-bit weights, norms, rotary embeddings, gated MLPs and LoRA reach of bandwidth and FLOP/s; pair_loss",
@@ -178,14 +200,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(plan(names, options, why))
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: STOP.set())
-    well = [not STOP.is_set() and run(name, STAGES[name], options, machine) for name in names]
-    summary = gpu_page.over_all(list(STAGES), options.results)
-    (options.results / "gpu.md").write_text(summary)
+    for line in lacking(names, options.unsloth):
+        print(line, file=sys.stderr, flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda *_: STOP.set())
+    well = [_run_and_sum_up(name, options, machine) for name in names]
     if len(names) > 1:
-        print(summary)
+        print(gpu_page.over_all(list(STAGES), options.results))
     return 0 if all(well) else 1
+
+
+def _run_and_sum_up(name: str, options: argparse.Namespace, machine: dict[str, Any]) -> bool:
+    """`run`; the page over all stages is written after each of them, as the machine may be gone before the last."""
+    try:
+        well = not STOP.is_set() and run(name, STAGES[name], options, machine)
+        (options.results / "gpu.md").write_text(gpu_page.over_all(list(STAGES), options.results))
+    except Exception:  # whatever it is: the hours of the stages that follow would be lost with this one
+        traceback.print_exc()
+        return False
+    return well
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -204,6 +238,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def plan(names: Sequence[str], options: argparse.Namespace, why: str) -> str:
     """What would be run: of each stage its commands, what it measures, how long it may take, and what it writes."""
     lines = [f"{why}, so this is what `make gpu` would run; files go to {options.results}."]
+    lines += lacking(names, options.unsloth)
     for name in names:
         stage = STAGES[name]
         files = [*(part.file for part in stage.parts if part.file), f"gpu-{name}.json", f"gpu-{name}.md"]
@@ -214,36 +249,118 @@ def plan(names: Sequence[str], options: argparse.Namespace, why: str) -> str:
     return "\n".join(lines)
 
 
+def lacking(names: Sequence[str], unsloth: Path | None = None) -> list[str]:
+    """A line for each package that is not installed, with the stages that have less to show without it."""
+    lines = []
+    without = {"without it these lack something or end early": NEEDS, "nothing is compared with it in": COMPARED}
+    for loss, packages_of in without.items():
+        stages_of: dict[str, dict[str, None]] = {}
+        for name in names:
+            for word in (word for part in STAGES[name].parts for word in part.words):
+                for package in packages_of.get(word, ()):
+                    stages_of.setdefault(package, {})[name] = None
+        for package, stages in stages_of.items():
+            if not installed(package.replace("-", "_"), unsloth if package == "unsloth" else None):
+                lines.append(f"{package} is not installed; {loss}: {', '.join(stages)}")
+    return lines
+
+
 # Running
+
+
+class _Record:
+    """What is known of a stage, on disk after every change; a lock, as parts side by side are in threads of their own.
+
+    An older record that says more stays, as tables are made of it. This one lies beside it until it says as much.
+    """
+
+    def __init__(self, file: Path, result: dict[str, Any]) -> None:
+        self.result, self._whole = result, file
+        self._beside = file.with_suffix(".rerun.json")
+        self._older = _said(file)
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self.file = self._save()
+
+    def update(self, number: int, row: dict[str, Any]) -> None:
+        with self._lock:
+            self.result["parts"][number] |= row
+            self.result["seconds"] = round(time.monotonic() - self._started, 1)
+            self.file = self._save()
+
+    def _save(self) -> Path:
+        rows = self.result["parts"]
+        if not all(row["ok"] for row in rows) and _worth(rows) < self._older:
+            save(self._beside, self.result)
+            return self._beside
+        save(self._whole, self.result)
+        for left in (self._beside, self._beside.with_suffix(".md")):
+            left.unlink(missing_ok=True)
+        return self._whole
+
+
+def _worth(rows: Sequence[dict[str, Any]]) -> tuple[int, int, int]:
+    """How much of parts a table could be made of: figures, outcomes of tests, other commands that ended well.
+
+    A test that failed counts: what was measured last is right even where it missed its aim.
+    """
+    tests = [test for row in rows for test in row.get("tests", [])]
+    ended = [test for test in tests if test["outcome"] not in (outcomes.NOT_REACHED, outcomes.DIED)]
+    well = [row for row in rows if row["ok"] and not row.get("tests")]
+    return sum(bool(test["figures"]) for test in tests), len(ended), len(well)
+
+
+def _said(file: Path) -> tuple[int, int, int]:
+    """Of an older record; nothing where it is no record, which must not end the run."""
+    try:
+        return _worth(json.loads(file.read_text())["parts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return 0, 0, 0
 
 
 def run(name: str, stage: Stage, options: argparse.Namespace, machine: dict[str, Any]) -> bool:
     """Whether no command ended badly; its record is written after each of them, its page at the end."""
-    started, ends = time.monotonic(), time.monotonic() + stage.seconds
-    file = options.results / f"gpu-{name}.json"
+    ends = time.monotonic() + stage.seconds
     print(f"gpu-{name}: {stage.measures}; at most {stage.seconds:.0f} s", file=sys.stderr, flush=True)
     origin = provenance(machine, os.cpu_count() or 1, PACKAGES, options.commit)
     rows = [{"command": shlex.join(part.command(options)), "ended": "not begun", "ok": False} for part in stage.parts]
-    record = {"benchmark": "gpu", "stage": name, "measures": stage.measures, **origin, "parts": rows}
+    result = {"benchmark": "gpu", "stage": name, "measures": stage.measures, **origin, "parts": rows}
+    record = _Record(options.results / f"gpu-{name}.json", result)
+    logs = [options.results / f"gpu-{name}-{number}.log" for number in range(len(rows))]
 
     def one(number: int) -> None:
-        log = options.results / f"gpu-{name}-{number}.log"
-        rows[number] |= run_part(stage.parts[number], log, ends, options)
-        record["seconds"] = round(time.monotonic() - started, 1)
-        save(file, record)
+        try:
+            row = run_part(stage.parts[number], logs[number], ends, options)
+        except Exception as error:  # of this part alone, as a program that cannot be started; the others go on
+            row = {"ended": f"not run: {type(error).__name__}: {error}", "ok": False}
+        record.update(number, row)
 
-    save(file, record)
     with ThreadPoolExecutor(min(len(rows), os.cpu_count() or 1) if stage.side_by_side else 1) as threads:
         list(threads.map(one, range(len(rows))))
-    page = gpu_page.page(record, options.results)
-    file.with_suffix(".md").write_text(page)
+    _join(logs, rows, options.results / f"gpu-{name}.log")
+    page = gpu_page.page(result, options.results)
+    record.file.with_suffix(".md").write_text(page)
     print(page, flush=True)
     return not any(row["ok"] is False for row in rows)
 
 
+def _join(logs: Sequence[Path], rows: Sequence[dict[str, Any]], whole: Path) -> None:
+    """One log a stage, of the commands that ended badly: what the others found is in their files and in the record, and
+    some machines hand back few files only.
+    """
+    whole.unlink(missing_ok=True)
+    for log, row in zip(logs, rows, strict=True):
+        if log.exists() and row["ok"] is False:
+            with whole.open("ab") as output, log.open("rb") as lines:
+                output.write(f"\n{row['command']}: {row['ended']}\n\n".encode())
+                shutil.copyfileobj(lines, output)
+        log.unlink(missing_ok=True)
+
+
 def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) -> dict[str, Any]:
     """How it ended, well or not (None: it did not run), after how many seconds; its last lines where not well; the file
-    that it wrote, in place of an older one, which else stays; of tests each outcome.
+    that it wrote, in place of an older one, which else stays; of tests each outcome. Where it wrote a file and did not
+    end well, that may be half of one, and the older one is kept beside it.
     """
     if STOP.is_set() or time.monotonic() > ends:
         return {"ended": "not begun: no time was left", "ok": False, "seconds": 0.0}
@@ -251,8 +368,10 @@ def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) ->
         return {"ended": f"not run: {part.under[0]} is not on PATH", "ok": None, "seconds": 0.0}
     file = options.results / part.file
     older = file.with_name(f"{file.name}.older")
-    if part.file and file.exists():
+    if part.file and file.exists() and not older.exists():
         file.replace(older)  # it would pass for this run's
+    elif part.file:
+        file.unlink(missing_ok=True)  # of a run that did not end well: the one before it is kept
     started, found = time.monotonic(), log.with_suffix(".outcomes")
     found.unlink(missing_ok=True)
     with log.open("w") as output:
@@ -266,7 +385,8 @@ def run_part(part: Part, log: Path, ends: float, options: argparse.Namespace) ->
         row["output"] = log.read_text(errors="replace")[-3000:]
     if part.file and file.exists():
         row["file"] = part.file
-        older.unlink(missing_ok=True)
+        if row["ok"]:
+            older.unlink(missing_ok=True)
     elif part.file and older.exists():
         older.replace(file)
     if part.is_test:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -33,9 +34,12 @@ def provenance(machine: dict[str, Any], threads: int, packages: Iterable[str], c
 def save(file: Path, result: Any) -> None:
     """As JSON; the file is whole, the old or the new, whenever this process is ended."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole = file.with_suffix(".new")
-    whole.write_text(json.dumps(result, indent=1) + "\n")
-    whole.replace(file)
+    whole = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.new")  # nobody else's who saves it now
+    try:
+        whole.write_text(json.dumps(result, indent=1) + "\n")
+        whole.replace(file)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def load(file: Path) -> dict[str, Any]:
