@@ -36,7 +36,8 @@ class Clock:
     """The time that all runs together may take, and one of them."""
 
     def __init__(self, seconds: float | None, one_run: float | None) -> None:
-        self.started, self.seconds, self.one_run = time.monotonic(), seconds or math.inf, one_run or math.inf
+        self.started = time.monotonic()
+        self.seconds, self.one_run = (math.inf if limit is None else limit for limit in (seconds, one_run))
 
     def left(self, share: float = 1.0) -> float:
         """Seconds for a run that begins now, when runs like it may take up `share` of the time."""

@@ -8,6 +8,7 @@ Kernels are compiled here, never interpreted: TRITON_INTERPRET is refused.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.arguments import positive
 from benchmarks.device import DEVICES, Device
 from benchmarks.measure import METERS, Meter, ceilings
 from benchmarks.provenance import provenance
@@ -29,7 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kernel-device", choices=list(DEVICES), help="default: cuda where there is one, else cpu")
     group.addoption("--kernel-json", type=Path, help="write the rows there")
     group.addoption("--kernel-commit", help="of this code, where it was copied without its repository")
-    group.addoption("--kernel-seconds", type=float, help="after them no further contender gets its turn")
+    group.addoption(
+        "--kernel-seconds", type=positive, default=math.inf, help="after them no further contender gets its turn"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,4 +75,4 @@ def results(pytestconfig: pytest.Config, device: Device, meter: Meter) -> Result
 @pytest.fixture(scope="session")
 def deadline(pytestconfig: pytest.Config) -> float:
     """Of time.monotonic()."""
-    return time.monotonic() + (pytestconfig.option.kernel_seconds or float("inf"))
+    return time.monotonic() + pytestconfig.option.kernel_seconds

@@ -145,7 +145,7 @@ STAGES = {
     ),
     "block-tests": Stage(
         "4-bit weights, LoRA, norms, rotary embeddings and gated MLPs against fp64 and torch; every kernel repeated",
-        _tests("repeats", "nf4", "lora", "rms_norm", "rope", "glu"),
+        _tests("repeats", "interpreted_bf16", "nf4", "lora", "rms_norm", "rope", "glu"),
         side_by_side=True,
     ),
     "block-kernels": Stage(

@@ -1,6 +1,7 @@
 """The launch numbers that `python -m benchmarks tune` tries: what each is timed on, and which others are tried.
 
-A knob is a name of `launch.py`, a function or a number; a candidate takes its place for a call. Candidates are few and
+A knob is a name of `launch.py`, a function or a number; a candidate takes its place for a call. `fused_config:few` is
+what fused_config has for few rows (`few_logits` and `few_gradients`), which are timed apart. Candidates are few and
 near: half and twice as much, within what is a power of two and what a program may have. Whether they fit every
 architecture the compiler says before anyone times them.
 
@@ -13,9 +14,9 @@ Legend: N rows, V vocabulary, D hidden size, I intermediate size, P pairs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -243,8 +244,43 @@ class Knob:
     own_architecture: bool = False  # numbers are of one architecture; others need not take them
     compiles: bool = True  # a kernel of its own for each candidate
 
-    def turned(self, candidate: str) -> AbstractContextManager[None]:
-        return replaced(launch, self.name, self.candidates[candidate])
+    @contextmanager
+    def turned(self, candidate: str, given: dict[str, str] | None = None) -> Iterator[None]:
+        """`given` gets what launch.py then gives, by call, which takes the host longer: for no call that is timed."""
+
+        def change(real: Any) -> Any:
+            new = self.candidates[candidate](real)
+            return new if given is None else _noted(self.name, real, new, given)
+
+        with replaced(launch, self.name, change):
+            launch.fused_ranges.cache_clear()  # it remembers what follows from the other numbers
+            try:
+                yield
+            finally:
+                launch.fused_ranges.cache_clear()
+
+
+def _noted(name: str, real: Any, new: Any, given: dict[str, str]) -> Any:
+    if not callable(real):
+        given[name] = str(new)
+        return new
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        words = [str(one) for one in arguments if not isinstance(one, launch.Device)]
+        words += [f"{key}={one}" for key, one in named.items() if not isinstance(one, launch.Device)]
+        config = new(*arguments, **named)
+        given[f"{name}({', '.join(words)})"] = _changed(real(*arguments, **named), config)
+        return config
+
+    return called
+
+
+def _changed(real: Any, config: Any) -> str:
+    """As launch.py has it: of a FusedConfig the products that are others, anything else whole."""
+    if not isinstance(config, launch.FusedConfig):
+        return str(config)
+    both = [(one.name, getattr(real, one.name), getattr(config, one.name)) for one in fields(config)]
+    return ", ".join(f"{name}={new}" for name, old, new in both if new != old) or "the same"
 
 
 def _set(**changes: Any) -> Change:

@@ -210,6 +210,13 @@ def contenders(device: Device) -> dict[str, tuple[str, dict[str, Any]]]:
     return found
 
 
+def planned_for(gpu: str) -> str:
+    """Whose plan predicts for this GPU, of launch.EXAMPLES."""
+    from fastdpo_kernels import launch
+
+    return next((name for name in launch.EXAMPLES if name in gpu), memory_table.PLANNED_FOR)
+
+
 def predicted(model: str, prompts: Iterable[str], gibs: Iterable[int], gpu: str = "") -> dict[str, dict[str, int]]:
     """Prompt -> GiB -> response tokens of the longest pair by fastdpo's plan of this GPU, cut down to that memory."""
     from dataclasses import replace
@@ -218,7 +225,7 @@ def predicted(model: str, prompts: Iterable[str], gibs: Iterable[int], gpu: str 
     from fastdpo.memory import SLACK, PairLengths, plan_memory
     from fastdpo_kernels import launch
 
-    card = next((card for name, card in launch.EXAMPLES.items() if name in gpu), launch.EXAMPLES["H200"])
+    card = launch.EXAMPLES[planned_for(gpu)]
     found: dict[str, dict[str, int]] = {}
     for prompt in prompts:
         lengths = pair(prompt, PLANNED)
@@ -289,7 +296,7 @@ def _head(model: str, prompts: list[str], gibs: list[int], expected: Mapping[str
 
 def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict[str, Any]:
     origin = provenance(machine, options.threads, PACKAGES, options.commit)
-    ends = time.monotonic() + (options.seconds or math.inf)
+    ends = time.monotonic() + (math.inf if options.seconds is None else options.seconds)
     model, card = quantised(options.model), machine.get("gpu_memory", math.inf) / GiB
     gibs = [gib for gib in sorted(options.gib) if gib < card + 1]
     expected = predicted(model, options.prompt, gibs, machine["gpu"]) if "gpu" in machine else {}
@@ -306,6 +313,8 @@ def measure(options: Namespace, device: Device, machine: dict[str, Any]) -> dict
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows[name] = in_own_process(task, share * (ends - time.monotonic()))
     result = {**_head(options.model, options.prompt, gibs, expected), "device": device.name, "measured": True}
+    if expected:
+        result["planned_for"] = planned_for(machine["gpu"])
     return {**result, **origin, "resolution": options.resolution, "simulated": most, "contenders": rows}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import picture
+from benchmarks.device import DEVICES
 from benchmarks.markdown import machine_in_words, table, versions_in_words
 from benchmarks.models import MODELS, quantised
 from benchmarks.picture import Bar
@@ -27,6 +28,9 @@ AIMS = {8: 1500, 12: 10_000, 16: 20_000, 24: 40_000}  # GiB -> tokens of each re
 UNSLOTH = {8: 2972, 12: 21_848, 16: 40_724, 24: 78_475}
 
 
+PLANNED_FOR = "H200"  # where no GPU says otherwise
+# Fields of a contender's settings; the plan that predicts has both
+IN_WORDS = {"gradient_checkpointing": "gradient checkpointing", "activation_offloading": "activation offloading"}
 PLAN = "gpu-plan.json"  # the stage whose tests noted these figures
 RATIO, MEASURED, PLAN_AIM = "planned / measured", "MiB measured", (0.9, 1.1)
 
@@ -106,26 +110,45 @@ def _gib(size: float | None) -> str:
     return "" if size is None else f"{size / GiB:.2f} GiB"
 
 
+def _conditions(result: dict[str, Any]) -> str:
+    """Of every step that was taken, or planned."""
+    ours = result["contenders"]["fastdpo"]["settings"] if result["measured"] else IN_WORDS
+    saves = " and ".join(words for name, words in IN_WORDS.items() if ours.get(name))
+    text = (
+        f"Response tokens of a pair that a step of AdamW takes through: NF4 with double quantisation, LoRA "
+        f"r={result['lora_rank']} on all linear modules, {_dtype(result)}, one pair a micro-batch, both responses of a "
+        f"pair of the same length."
+    )
+    text += f" fastdpo with {saves}." if saves else ""
+    if result.get("simulated"):
+        return f"{text} Nothing of this is memory: a batch of more tokens than was given counted as out of it."
+    return f"{text} A card is its size less {result['context'] / GiB:.1f} GiB for CUDA's context."
+
+
+def _dtype(result: dict[str, Any]) -> str:
+    return {"bfloat16": "bf16", "float32": "fp32"}[DEVICES[result["device"]].dtype]
+
+
 def _notes(result: dict[str, Any]) -> list[str]:
     single = ", ".join(f"{tokens:,}" for tokens in UNSLOTH.values())
-    notes = [
-        f"Response tokens of a pair that a step of AdamW takes through: NF4 with double quantisation, LoRA "
-        f"r={result['lora_rank']} on all linear modules, bf16, one pair a micro-batch, both responses of a pair of the "
-        f"same length. fastdpo with gradient checkpointing and activation offloading. A card is its size less "
-        f"{result['context'] / GiB:.1f} GiB for CUDA's context.",
-        "Predicted: as planned for an H200 cut down to the card's memory, 5% of it left to torch's allocator.",
+    notes = [_conditions(result)]
+    if result["predicted"]:
+        card = result.get("planned_for", PLANNED_FOR)
+        notes.append(
+            f"Predicted: as planned for {'a' if card[0] in 'BT' else 'an'} {card} cut down to the card's memory, 5% of "
+            "it left to torch's allocator."
+        )
+    notes.append(
         f"Unsloth's numbers are published ones, of its documentation, and were not measured here: {single} tokens of "
-        "one sequence at rank 32 on 8, 12, 16 and 24 GB. A pair is two sequences that share their prompt.",
-    ]
+        "one sequence at rank 32 on 8, 12, 16 and 24 GB. A pair is two sequences that share their prompt."
+    )
     if not result["measured"]:
         return notes
-    if result["simulated"]:
-        notes.append("Nothing of this is memory: a batch of more tokens than was given counted as out of it.")
+    offloading = "; `offloading` with its activation_offloading" if "TRL, offloading" in result["contenders"] else ""
     notes.append(
         "TRL: its DPOTrainer with the same quantised model and adapters of PEFT, gradient checkpointing on, as it "
-        "comes, its adapters in bf16; `offloading` with its activation_offloading. Peaks are of the longest pair of "
-        f"fastdpo that trained; a length is found within {100 * result['resolution']:g}%, and where time ran out both "
-        "ends are given."
+        f"comes, its adapters in {_dtype(result)}{offloading}. Peaks are of the longest pair of fastdpo that trained; "
+        f"a length is found within {100 * result['resolution']:g}%, and where time ran out both ends are given."
     )
     return notes + [
         f"{name} ended early: `{row['failed']}`" for name, row in result["contenders"].items() if row["failed"]

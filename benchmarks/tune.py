@@ -2,9 +2,10 @@
 
 Each candidate is compiled first, without a GPU, for every architecture that would take it: what spills or asks for more
 than there is, is not tried. On the GPU its results must then be the default's, to rounding, and the same bits twice,
-before it takes turns with the default, between events. Nothing is changed: what is printed is for `launch.py`, with the
-GPU and the date; `make compile-report` then compiles it with every dtype and option, of which the tuner has one.
-Without a GPU what the compiler says is all there is.
+before it takes turns with the default, between events. Nothing is changed: what is printed are the numbers that
+launch.py should give for the shapes that were timed, with the GPU and the date. They are a rule's there, of any shape;
+`make compile-report` then compiles it with every dtype and option, of which the tuner has one. Without a GPU what the
+compiler says is all there is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ PACKAGES = ("torch", "triton")
 WORTH = 0.02  # a candidate that gains less is noise
 ROUNDS, SECONDS = 40, 0.5  # of a candidate and its default at most
 ON = "H200"  # of launch.EXAMPLES, where no GPU says otherwise
+# Of knobs.py, which imports torch; this module must not, for the command line's sake (see apart.py).
+KNOBS = (
+    *("row_config", "column_config", "default_workspace_bytes", "fused_config", "fused_config:few"),
+    *("ROW_TILES_SIDE_BY_SIDE", "pair_loss_config", "nf4_config", "norm_config", "norm_programs", "rope_config"),
+    *("glu_config", "MLP_ROWS"),
+)
+_NAMES = ", ".join(name for name in KNOBS if ":" not in name)
+KNOBS_IN_WORDS = f"names in launch.py: {_NAMES}; fused_config:few is what fused_config has for few rows"
 
 
 def main(options: Namespace) -> int:
@@ -39,6 +48,8 @@ def main(options: Namespace) -> int:
         raise SystemExit("error: TRITON_INTERPRET is set, and interpreted kernels are not tuned: unset it")
     started, device = time.monotonic(), DEVICES[options.device]
     machine, names = device.find(), tuple(options.knobs or knobs.KNOBS)
+    if options.seconds is not None and not machine:
+        raise SystemExit(f"error: --seconds {options.seconds:g} is time on a GPU, and there is none: leave it out")
     archs = tuple(options.arch or (launch.EXAMPLES if machine else [ON]))
     for given, known in ((names, knobs.KNOBS), (archs, launch.EXAMPLES)):
         if unknown := [name for name in given if name not in known]:
@@ -49,7 +60,7 @@ def main(options: Namespace) -> int:
     result["rows"] = compiled(names, knobs.cases(names, archs, own), options.threads)
     output = options.output or (RESULTS / f"tune-{device.name}.json" if machine else None)
     if machine and output:
-        _time_all(result, started + (options.seconds or math.inf), output)
+        _time_all(result, started + (math.inf if options.seconds is None else options.seconds), output)
     elif output:
         save(output, result)
     print(render(json.loads(json.dumps(result))))
@@ -106,11 +117,11 @@ def against_default(knob: str, task: str, candidate: str, meter: Any, small: boo
 
     setting, call = knobs.KNOBS[knob], knobs.TASKS[task].on(meter.place, small)
     work = knobs.TASKS[task].work(*(knobs.TASKS[task].small if small else knobs.TASKS[task].shape))
-    row: dict[str, Any] = {"flops": work.flops, "bytes": work.bytes}
+    row: dict[str, Any] = {"flops": work.flops, "bytes": work.bytes, "launched": {}}
     try:
         expected = call()
         meter.poison()
-        with setting.turned(candidate):
+        with setting.turned(candidate, row["launched"]):
             found, again = call(), call()
         error, allowed = difference(found, expected), knobs.TASKS[task].allowed
         if not error <= allowed:
@@ -152,7 +163,7 @@ def in_turns(call: Any, turns: dict[str, Any], meter: Any, in_graph: bool) -> di
 
 
 def render(result: dict[str, Any]) -> str:
-    """A table a knob, and the number to paste where one is worth it."""
+    """A table a knob, and the numbers to change where a candidate is worth it."""
     title = "### Launch numbers and their neighbours"
     if not result["measured"]:
         title += f"\n\nCompiled for {', '.join(result['compiled_for'])}; nothing was run."
@@ -162,7 +173,7 @@ def render(result: dict[str, Any]) -> str:
     pieces = [title, f"{machine_in_words(result['machine'])}. {versions_in_words(result)}."]
     for knob, tried in rows.items():
         pieces += [f"**{knob}**", table(_header(result), [_line(row, result) for row in tried])]
-        pieces += [to_paste(tried, result)] if result["measured"] else []
+        pieces += [to_change(tried, result)] if result["measured"] else []
     return "\n\n".join(pieces) + "\n"
 
 
@@ -196,8 +207,10 @@ def _rate(row: dict[str, Any], seconds: float) -> str:
     return f"{row['bytes'] / seconds / 1e9:.4g} GB/s"
 
 
-def to_paste(rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
-    """The candidate that gains most over all tasks, where it loses on none: as a comment of launch.py says it."""
+def to_change(rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
+    """The candidate that gains most over all tasks, where it loses on none: what launch.py gave in its place, by call,
+    and the measurement as a comment there says it.
+    """
     by_name: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_name.setdefault(row["candidate"], []).append(row)
@@ -213,4 +226,5 @@ def to_paste(rows: list[dict[str, Any]], result: dict[str, Any]) -> str:
         f"{row['task']} {_rate(row, row['seconds'])}, default {_rate(row, row['default_seconds'])}"
         for row in whole[best]
     )
-    return f"To paste: {best} (measured: {where}: {numbers})."
+    given = dict.fromkeys(f"{call} to give {one}" for row in whole[best] for call, one in row["launched"].items())
+    return f"To change in launch.py ({best}): {'; '.join(given)} (measured: {where}: {numbers})."

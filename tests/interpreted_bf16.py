@@ -1,7 +1,7 @@
 """bf16 in Triton's interpreter as a GPU computes it: numbers that are rounded to the nearest, ties to even.
 
-The interpreter of Triton 3.9 holds bf16 as uint16, casts to it by cutting bits off, and adds and multiplies (`tl.dot`
-too) the bits as integers.
+The interpreter of Triton 3.6 and of 3.9 holds bf16 as uint16, casts to it by cutting bits off, and adds and multiplies
+(`tl.dot` too) the bits as integers. test_interpreted_bf16.py holds what is mended against torch's bits.
 """
 
 from __future__ import annotations

@@ -162,6 +162,45 @@ def test_options_that_contradict_each_other_are_refused(options: list[str], why:
     assert why in capsys.readouterr().err
 
 
+MODULE = Path(command_line.__file__)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["step", "--seconds", "0"], "--seconds: 0, expected a number above 0"),
+        (["memory", "--seconds", "-5"], "--seconds: -5, expected a number above 0"),
+        (["tune", "--seconds", "nan"], "--seconds: nan, expected a number above 0"),
+        (["memory", "--resolution", "0"], "--resolution: 0, expected a number above 0"),
+        (["memory", "--gib", "8", "0"], "--gib: 0, expected a whole number of at least 1"),
+        (["memory", "--device", "cpu", "--most-tokens", "0"], "--most-tokens: 0, expected a whole number"),
+        (["kernels", "--threads", "0"], "--threads: 0, expected a whole number of at least 1"),
+        (["tune", "--threads", "-1"], "--threads: -1, expected a whole number of at least 1"),
+        (["step", "--pairs", "0"], "--pairs: 0, expected a whole number of at least 1"),
+        (["step", "--epochs", "1.5"], "--epochs: 1.5, expected a whole number of at least 1"),
+        (["step", "--batch", "0"], "--batch: 0, expected a whole number of at least 1"),
+        (["parts", "--repeat", "few"], "--repeat: few, expected a whole number of at least 1"),
+        (["step", "--device", "cuda", "--unsloth", "/nowhere"], "--unsloth: /nowhere, expected a folder that is there"),
+        (["step", "--unsloth", str(MODULE.parent)], f"--unsloth {MODULE.parent} is for --device cuda"),
+        (["explore", "fp8", "--data", "/nowhere"], "--data: /nowhere, expected a file that is there"),
+        (["explore", "host", "--data", str(MODULE)], "explore host takes no --data, which is for fp8 and sparse"),
+        (["explore", "graphs", "--data", str(MODULE)], "explore graphs takes no --data"),
+    ],
+    ids=lambda value: " ".join(value[:-1]) if isinstance(value, list) else "",
+)
+def test_what_no_run_can_use_is_refused_before_any_begins(given: list[str], why: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command_line.main(given)
+    assert why in capsys.readouterr().err
+
+
+def test_the_kernels_time_is_refused_like_the_command_lines() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--kernel-seconds", "0", "--collect-only"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 4 and "--kernel-seconds: 0, expected a number above 0" in done.stderr
+
+
 def test_processor_time_leaves_out_the_time_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock is a minute late at every reading."""
     late = iter(range(0, 10**6, 60))
@@ -322,6 +361,7 @@ def test_no_run_begins_after_the_time_of_all_is_up(monkeypatch: pytest.MonkeyPat
     with pytest.raises(apart.RunFailed, match="the time for all of them was used up"):
         apart.in_own_process("TRL", SPEC, clock)
     assert apart.Clock(None, None).left() == math.inf
+    assert apart.Clock(0, None).left() <= 0 and apart.Clock(None, 0).left() <= 0
 
 
 def test_the_search_varies_the_fastest_split_and_keeps_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -800,6 +840,25 @@ def test_measured_lengths_take_the_place_of_predicted_ones(tmp_path: Path) -> No
         "- TRL ended early: `ended by its time`",
     ):
         assert line in text
+
+
+def test_the_notes_of_a_memory_result_say_what_ran() -> None:
+    """On the CPU nothing is offloaded, predicted or in bf16, and there is no card."""
+    result = measured_memory()
+    result["contenders"]["fastdpo"]["settings"] = dict(CUDA.leanest)
+    result["contenders"]["TRL, offloading"] = result["contenders"]["TRL"]
+    text = memory_table.render({**result, "planned_for": "B200"})
+    for words in ("gradient checkpointing and activation offloading", "as planned for a B200", "`offloading` with"):
+        assert words in text
+    assert "modules, bf16, one" in text and "adapters in bf16" in text and "for CUDA's context" in text
+
+    contenders = {name: {**result["contenders"][name], "settings": dict(CPU.leanest)} for name in ("fastdpo", "TRL")}
+    simulated = {"device": "cpu", "predicted": {}, "simulated": {"8": 80}, "contenders": contenders}
+    text = memory_table.render({**result, **simulated})
+    assert "fastdpo with gradient checkpointing. Nothing of this is memory" in text
+    assert "modules, fp32, one" in text and "adapters in fp32" in text
+    for words in ("offloading", "Predicted: as", "bf16", "for CUDA's context"):
+        assert words not in text, words
 
 
 def watched(command: str) -> Any:

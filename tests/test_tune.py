@@ -74,6 +74,51 @@ def test_the_default_stands_again_after_a_candidate() -> None:
     assert launch.nf4_config is before
 
 
+def test_what_follows_from_a_number_follows_from_the_candidates() -> None:
+    """The ranges of a head's vocabulary, which launch.py remembers."""
+    device = launch.EXAMPLES["H200"]
+    config = launch.fused_logits(4096, torch.bfloat16, device, aligned=True)
+    ranges = lambda: launch.fused_ranges(4096, 32_000, config, device)  # noqa: E731
+    default, knob = ranges(), knobs.KNOBS["ROW_TILES_SIDE_BY_SIDE"]
+    with knob.turned("4"):
+        assert ranges() != default
+    assert ranges() == default
+
+
+def test_a_candidates_launch_numbers_are_written_down_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tried("nf4_config", "block times 2", monkeypatch)["launched"] == {
+        "nf4_config()": "RowConfig(block=2048, num_warps=8, num_stages=1, registers=None)"
+    }
+    assert tried("norm_config", "rows times 2", monkeypatch)["launched"] == {
+        "norm_config(128)": "NormConfig(rows=32, block=128, num_warps=4)"
+    }
+    assert tried("MLP_ROWS", "4096", monkeypatch)["launched"] == {"MLP_ROWS": "4096"}
+    given: dict[str, str] = {}
+    with knobs.KNOBS["fused_config:few"].turned(
+        "few_logits: block_m=64, block_n=256, num_warps=8, num_stages=3, resident=1", given
+    ):
+        launch.fused_config(torch.bfloat16, launch.EXAMPLES["H200"], True)
+    assert list(given) == ["fused_config(torch.bfloat16, True)"]
+    assert given["fused_config(torch.bfloat16, True)"].startswith("few_logits=MatmulConfig(block_m=64, block_n=256")
+    assert "gradient" not in given["fused_config(torch.bfloat16, True)"]
+
+
+def test_the_help_names_every_knob(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tuple(knobs.KNOBS) == tune.KNOBS
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["tune", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in knobs.KNOBS)
+    assert all(hasattr(launch, name) for name in tune.KNOBS if name != "fused_config:few")
+
+
+def test_time_on_a_gpu_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setitem(tune.DEVICES, "cuda", replace(tune.DEVICES["cuda"], find=lambda: None))
+    with pytest.raises(SystemExit, match="error: --seconds 60 is time on a GPU, and there is none"):
+        command_line.main(["tune", "nf4_config", "--seconds", "60"])
+
+
 def test_default_and_candidate_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
@@ -172,6 +217,7 @@ def row(candidate: str, task: str, seconds: float, default: float = 1.0) -> dict
         "flops": 0.0,
         "bytes": 4e9,
         "reason": "",
+        "launched": {"nf4_config()": f"RowConfig({candidate})"},
         **times,
     }
 
@@ -179,12 +225,15 @@ def row(candidate: str, task: str, seconds: float, default: float = 1.0) -> dict
 RESULT = {"machine": {"gpu": "NVIDIA H200"}, "date": "2026-11-23"}
 
 
-def test_the_number_to_paste_is_the_one_that_gains_on_every_task() -> None:
+def test_the_numbers_to_change_are_those_that_gain_on_every_task() -> None:
     rows = [row("a", "one", 0.5), row("a", "other", 1.2), row("b", "one", 0.8), row("b", "other", 0.8)]
-    said = tune.to_paste(rows, RESULT)
-    assert said.startswith("To paste: b (measured: NVIDIA H200, 2026-11-23: one 5 GB/s, default 4 GB/s; other 5 GB/s")
+    said = tune.to_change(rows, RESULT)
+    assert said.startswith(
+        "To change in launch.py (b): nf4_config() to give RowConfig(b) (measured: NVIDIA H200, 2026-11-23: one 5 GB/s, "
+        "default 4 GB/s; other 5 GB/s"
+    )
 
 
 def test_where_nothing_gains_the_default_is_what_was_measured() -> None:
-    said = tune.to_paste([row("a", "one", 0.99), row("b", "one", 1.1)], RESULT)
+    said = tune.to_change([row("a", "one", 0.99), row("b", "one", 1.1)], RESULT)
     assert said == ("The default stays (measured: NVIDIA H200, 2026-11-23: one 4 GB/s; none of 2 others is 2% faster).")

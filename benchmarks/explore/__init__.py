@@ -15,7 +15,7 @@ from benchmarks.markdown import table
 from benchmarks.provenance import provenance, save
 
 NAMES = ("compiled", "dequantise", "fp8", "graphs", "host", "sparse")
-NEED_DATA = ("sparse",)
+TAKE_DATA, NEED_DATA = ("fp8", "sparse"), ("sparse",)
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
