@@ -261,7 +261,8 @@ def lacking(names: Sequence[str], unsloth: Path | None = None) -> list[str]:
                     stages_of.setdefault(package, {})[name] = None
         for package, stages in stages_of.items():
             if not installed(package.replace("-", "_"), unsloth if package == "unsloth" else None):
-                lines.append(f"{package} is not installed; {loss}: {', '.join(stages)}")
+                named = [*stages][:4] + [f"{len(stages) - 4} more"] * (len(stages) > 4)
+                lines.append(f"{package} is not installed; {loss}: {', '.join(named)}")
     return lines
 
 

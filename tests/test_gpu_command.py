@@ -148,9 +148,8 @@ def test_every_stage_ends_within_nine_minutes_by_commands_that_there_are(tmp_pat
 def test_every_file_of_tests_for_a_gpu_is_in_a_stage() -> None:
     run = {words for stage in gpu.STAGES.values() for one in stage.parts for words in one.words}
     for file in sorted(Path(__file__).parent.glob("test_*.py")):
-        runs_there = re.search(
-            r"^(@|pytestmark = (\[\s+)?|.*marks=)pytest\.mark\.(gpu|kernels)", file.read_text(), re.M
-        )
+        marked = r"^(@|pytestmark = (\[\s+)?|.*marks=)pytest\.mark\.(gpu|kernels)"
+        runs_there = re.search(marked, file.read_text(), re.M)
         assert (f"tests/{file.name}" in run) == bool(runs_there), file.name
 
 
