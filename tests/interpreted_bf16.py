@@ -1,7 +1,8 @@
 """bf16 in Triton's interpreter as a GPU computes it: numbers that are rounded to the nearest, ties to even.
 
 The interpreter of Triton 3.6 and of 3.9 holds bf16 as uint16, casts to it by cutting bits off, and adds and multiplies
-(`tl.dot` too) the bits as integers. test_interpreted_bf16.py holds what is mended against torch's bits.
+(`tl.dot` too) the bits as integers. Products of all 16 and 32 bit numbers are summed in fp64, whatever the BLAS below
+would do. test_interpreted_bf16.py holds what is mended against torch's bits.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from triton.language import bfloat16, float32
+from triton.language import bfloat16, float16, float32
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
@@ -40,9 +41,9 @@ def install() -> None:
         return cast(builder, widened(source), dtype)
 
     def create_dot(builder: InterpreterBuilder, left: TensorHandle, right: TensorHandle, *others: Any) -> TensorHandle:
-        if not _is_bf16(left):
+        if left.dtype.scalar not in (bfloat16, float16, float32):
             return dot(builder, left, right, *others)
-        # summed in fp64: in fp32 a BLAS gives a row other bits where it stands elsewhere
+        # summed in fp64: in fp32 a BLAS may give a row other bits where it stands elsewhere
         exact = widened(left).data.astype(np.float64) @ widened(right).data.astype(np.float64)
         addend = others[0]
         return TensorHandle(exact.astype(addend.data.dtype) + addend.data, addend.dtype.scalar)

@@ -673,7 +673,7 @@ def test_a_mlp_of_many_rows_goes_in_parts_with_the_same_numbers(rows: int, monke
         adapters = [one.adapter for one in projections.values() if one.adapter]
         found.append([y, x.grad, *(factor.grad for one in adapters for factor in (one.a, one.b))])
     for whole, in_parts in zip(*found, strict=True):
-        torch.testing.assert_close(in_parts, whole, rtol=1e-5, atol=1e-6)
+        assert (in_parts - whole).norm() <= 1e-6 * whole.norm()  # products of fewer rows are rounded otherwise
 
 
 def test_the_widest_temporaries_of_a_mlp_do_not_grow_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
