@@ -53,8 +53,9 @@ def _last_block(policy: Policy) -> Iterator[tuple[nn.Module, nn.Module, nn.Modul
     Text comes last among towers that are as deep.
     """
     model = base_model(policy.model)
-    padded = balances_routers(model) or model.config.is_encoder_decoder
-    blocks = [] if padded else [*chain.from_iterable(block_lists(model)[-1:])]
+    if balances_routers(model) or model.config.is_encoder_decoder:
+        return
+    blocks = [*chain.from_iterable(block_lists(model)[-1:])]
     parts = dict(blocks[-1].named_children()) if blocks and isinstance(blocks[-1], GradientCheckpointingLayer) else {}
     mlp, attention = parts.get("mlp"), next((parts[name] for name in ATTENTION if name in parts), None)
     if mlp is None or attention is None:
