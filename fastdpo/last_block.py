@@ -104,7 +104,7 @@ class _ScoredRows:
         self.taken, self.noted = self.noted if inputs else None, None
         if self.taken is None:
             return None
-        if not computes_again():
+        if not _computes_again():
             if self.again:
                 raise CannotPack("its last block runs twice in a forward: fused_kernels=False may pack it")
             self.again = True
@@ -118,6 +118,6 @@ class _ScoredRows:
         return whole.index_copy_(1, segments.scored, output)
 
 
-def computes_again() -> bool:
+def _computes_again() -> bool:
     """Within a backward, where checkpointed blocks have their second forward."""
     return torch._C._current_graph_task_id() != -1

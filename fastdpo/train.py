@@ -42,10 +42,11 @@ from fastdpo.hub import Repository
 from fastdpo.interrupts import Interrupts, end
 from fastdpo.loader import epoch_batches, length_of_run, row_numbers
 from fastdpo.losses import pairwise_loss
+from fastdpo.memory import Plan
 from fastdpo.messages import show_messages
 from fastdpo.metrics import Running
 from fastdpo.mixture import hub_names
-from fastdpo.model import checkpointing, checkpoints_already, without_dropout
+from fastdpo.model import Policy, checkpointing, checkpoints_already, without_dropout
 from fastdpo.noise import noisy_embeddings
 from fastdpo.nonfinite import Computed, Guard, numbers_of_pairs
 from fastdpo.optimizer import STEPPED_BY_EVALUATION, allocate_states, build_optimizer
@@ -135,15 +136,7 @@ class DPOTrainer(Surface):
         checks.check_models(model, ref_model, args, peft_config)
         checks.check_padded_rows(model, {"data_collator": data_collator, "compute_metrics": compute_metrics}, args)
         checks.choose_adapters(model, peft_config, args)
-        reporters = build.find_reporters(args)
-        args.check_output_dir()
-        self._checked_checkpoint = args.resume_from_checkpoint, self._find_checkpoint(args.resume_from_checkpoint)
-        self.ranks = find_ranks(args)
-        args.disable_tqdm = args.disable_tqdm or not self.ranks.is_main
-        self.hub = Repository(args)
-        if args.push_to_hub and self.ranks.is_main:
-            self.hub.open()
-        (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+        reporters = self._find_its_place()
 
         self.processing_class = build.find_tokenizer(processing_class or tokenizer, model, args)  # type: ignore[arg-type]
         tables = build.build_eval_tables(eval_dataset, self.processing_class, args)
@@ -170,27 +163,10 @@ class DPOTrainer(Surface):
             self.loss = pairwise_loss(args)
             self.mean_reward = build.build_mean_reward(self.loss, args)
 
-            self._margins_checked = self._evaluate_at_end = False
-            self._interrupts = Interrupts()
-            self._stored: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
-            self._retry = Retry(self.ranks, dropout=not args.disable_dropout)
-            self._start_engine()
-            self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
-            self.state, self.control = self._new_state(), TrainerControl()
-            given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
-            self.callback_handler = build.build_callbacks(
-                [*reporters, *given], self.policy, self.processing_class, args
-            )
+            self._begin_state(reporters, callbacks, optimizers)
             del ref_policy, copied  # the reference alone holds it from here on, and may let go of it
             tables = {"train": self.train_dataset, **self._eval_tables}
-            given_budget = args.max_tokens_per_microbatch
-            plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks, shapes)
-            freed = build.remember_reference(
-                self.reference, tables, self.policy, self.layout, args, model, ref_model, self.ranks
-            )
-            if freed:
-                args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
-                plan = build.plan_batches(self.policy, self.reference, tables, self.layout, args, self.ranks, shapes)
+            plan = self._plan_and_remember(tables, shapes, model, ref_model)
             facts = list(facts_of(self.policy, self.layout, self.reference, fused, args, self.ranks))
             for fact in facts:
                 logger.info("%s: %s", *fact)
@@ -201,6 +177,48 @@ class DPOTrainer(Surface):
         if args.generate_during_eval:
             self.sampler.check(self._eval_tables)
         self.control = self.callback_handler.on_init_end(args, self.state, self.control)
+
+    def _find_its_place(self) -> list[Any]:
+        """Folder, checkpoint, processes, repository and seed, before any data or model is read; -> the trackers."""
+        args = self.args
+        reporters = build.find_reporters(args)
+        args.check_output_dir()
+        self._checked_checkpoint = args.resume_from_checkpoint, self._find_checkpoint(args.resume_from_checkpoint)
+        self.ranks = find_ranks(args)
+        args.disable_tqdm = args.disable_tqdm or not self.ranks.is_main
+        self.hub = Repository(args)
+        if args.push_to_hub and self.ranks.is_main:
+            self.hub.open()
+        (enable_full_determinism if args.full_determinism else set_seed)(args.seed)
+        return reporters
+
+    def _begin_state(self, reporters: list[Any], callbacks: Any, optimizers: tuple[Any, Any]) -> None:
+        """What a run keeps of its own, and who is told of it."""
+        self._margins_checked = self._evaluate_at_end = False
+        self._interrupts = Interrupts()
+        self._stored: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._retry = Retry(self.ranks, dropout=not self.args.disable_dropout)
+        self._start_engine()
+        self.optimizer, self.lr_scheduler = self._given_optimizers = optimizers
+        self.state, self.control = self._new_state(), TrainerControl()
+        given = callbacks if isinstance(callbacks, (list, tuple)) else [] if callbacks is None else [callbacks]
+        self.callback_handler = build.build_callbacks(
+            [*reporters, *given], self.policy, self.processing_class, self.args
+        )
+
+    def _plan_and_remember(
+        self, tables: dict[str, Any], shapes: Policy | None, model: build.Model | None, ref_model: build.Model | None
+    ) -> Plan | None:
+        """Fills the reference's memory; micro-batches are planned before it, and again where it freed a model."""
+        run = self.policy, self.reference, tables, self.layout, self.args, self.ranks, shapes
+        given_budget = self.args.max_tokens_per_microbatch
+        plan = build.plan_batches(*run)
+        if build.remember_reference(
+            self.reference, tables, self.policy, self.layout, self.args, model, ref_model, self.ranks
+        ):
+            self.args.max_tokens_per_microbatch = given_budget  # the freed model left room for larger ones
+            plan = build.plan_batches(*run)
+        return plan
 
     @property
     def model(self) -> Any:
