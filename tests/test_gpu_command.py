@@ -526,3 +526,22 @@ def test_an_aim_of_memory_and_one_of_a_steps_parts_count_as_those_of_a_table_do(
     lines = [f"| 8 GiB | 2 x 1500 | {cell} | 7 GiB |" for cell in cells]
     lines += ["| failed: `a deadline, missed` |", "- a deadline was missed.", "- All. The aim is 103% at most: met."]
     assert gpu_page.verdicts("\n".join(lines)) == [("met", lines[0]), ("missed", lines[1]), ("met", lines[-1])]
+
+
+@pytest.mark.parametrize(("its_own", "code", "well"), [(True, 0, True), (True, 1, False), (False, 1, True)])
+def test_results_in_their_own_folder_are_put_into_the_pages(
+    its_own: bool, code: int, well: bool, stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One command on a GPU fills the tables."""
+    run, tabled = subprocess.run, []
+
+    def watched(command: list[str], **options: Any) -> Any:
+        if command[-1] != "table":
+            return run(command, **options)
+        tabled.append(command[1:])
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(subprocess, "run", watched)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / ("out" if its_own else "elsewhere"))
+    assert stage(gpu.Part(("well",)))[0] == well
+    assert tabled == [["-m", "benchmarks", "table"]] * its_own

@@ -35,7 +35,7 @@ from fastdpo.attention_backends import Facts, choose
 from fastdpo.batch import pack, pad
 from fastdpo.config import DPOConfig
 from fastdpo.layout import find_layout
-from fastdpo.model import Policy, add_adapters, checkpointing, without_dropout
+from fastdpo.model import Policy, add_adapters, balances_routers, checkpointing, without_dropout
 
 FP32 = 1e-5
 CHECKPOINTED = ["llama", "gemma2", "mistral-window", "gpt2", "gpt-oss-sinks"]
@@ -79,7 +79,8 @@ def test_a_single_wrong_key_would_not_go_unnoticed(name: str) -> None:
     batch.segments.key_index[18] = 7  # for the rejected response, a chosen token in place of the last one of the prompt
     difference = (policy(batch)[0] - right).abs()
     # a token that goes to another expert leaves products of fewer rows there, which some CPUs round otherwise
-    assert difference[:6].max() < 1e-5 and difference[6:].max() > 1e-3
+    allowed = 1e-5 if balances_routers(policy.model) else 0.0
+    assert difference[:6].max() <= allowed and difference[6:].max() > 1e-3
 
 
 @pytest.mark.parametrize(
